@@ -1,0 +1,140 @@
+"""How anything reaches the disk: whole or not at all, and with a manifest that says what decided it.
+
+A job owns one folder. `job.json` is written when it starts and claims the folder for its settings; `done.json`
+is written last and makes the job finished. Files between them appear by rename.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from umarvel_ray.errors import OutputError
+
+JOB_FILE = "job.json"
+DONE_FILE = "done.json"
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits that name `value`, which must be JSON: the same for equal values in any process."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_fingerprint(path: str | os.PathLike) -> str:
+    """16 hex digits that name a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that appears under `path` only when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder that appears under `path` only when the block ends well; one that stands there is replaced."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    os.chmod(temporary, 0o755)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write JSON by rename, indented for people."""
+    with atomic_write(path) as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read a JSON file; a broken one is an OutputError that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise OutputError(f"{path}:{error.lineno}: not valid JSON ({error.msg}). Remove the file and run again.") from None
+
+
+def changed_settings(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted keys whose values differ, as (key, before, now), in sorted order."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        found = []
+        for key in sorted({*before, *now}):
+            found += changed_settings(before.get(key), now.get(key), f"{prefix}{key}.")
+        return found
+    return [] if before == now else [(prefix.rstrip("."), before, now)]
+
+
+def claim_folder(folder: str | os.PathLike, settings: Mapping[str, Any]) -> None:
+    """Make `folder` the output of a job with these settings.
+
+    Raises:
+        OutputError: It belongs to a job with other settings, or holds files of something else.
+    """
+    folder = Path(folder)
+    job_file = folder / JOB_FILE
+    if job_file.exists():
+        if changes := changed_settings(read_json(job_file), json.loads(json.dumps(settings))):
+            key, before, now = changes[0]
+            raise OutputError(
+                f"{folder}: made with other settings: {len(changes)} differ (first: {key} was {before!r}, is {now!r}). "
+                "Give another output folder, or remove this one to start again."
+            )
+        return
+    if folder.exists() and any(not item.name.startswith(".") for item in folder.iterdir()):
+        first = sorted(item.name for item in folder.iterdir())[0]
+        raise OutputError(
+            f"{folder}: holds files that no job of ours claims (first: {first}). Give another output folder."
+        )
+    write_json(job_file, settings)
+
+
+def is_finished(folder: str | os.PathLike) -> bool:
+    """Whether the job that owns `folder` wrote its last file."""
+    return (Path(folder) / DONE_FILE).exists()
+
+
+def finish_folder(folder: str | os.PathLike, summary: Mapping[str, Any]) -> None:
+    """Mark the job that owns `folder` as finished, with its counts and figures."""
+    write_json(Path(folder) / DONE_FILE, summary)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
