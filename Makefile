@@ -1,0 +1,61 @@
+# Everything a fresh machine needs is Python 3.11 or newer and GNU make. `make help` lists the commands.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+# The user's own python3 first; where it is too old, a newer one beside it.
+ifndef PYTHON
+PYTHON := $(shell for python in python3 python3.12 python3.11 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast check style lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo '  ARGS="..." adds arguments to demo, test and test-fast; PYTHON=... names the Python to use.'
+
+setup: $(READY) ## the virtual environment with locked dependencies (the others call it)
+
+demo: $(READY) ## the whole recipe on the demonstration world, in minutes; ends with a table and report.html
+	@$(BIN)/umarvel demo $(ARGS)
+
+test: $(READY) ## all tests but those that need a GPU
+	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+test-fast: $(READY) ## the tests that take no more than a minute and a half together
+	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+check: style test-fast ## what a change must pass: format, lint, types, fast tests
+
+style: $(READY)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+
+lock: $(READY) ## write constraints.txt from .venv (first `.venv/bin/pip install -U PACKAGE` and `make test`)
+	@{ sed -n '/^#/p' constraints.txt; \
+	   $(BIN)/python -m pip freeze --exclude-editable | sed -E 's/^(torch==[^+]*)\+.*/\1/' | LC_ALL=C sort -f; } \
+	   > constraints.txt.new
+	@mv constraints.txt.new constraints.txt
+	@touch $(READY)
+
+clean: ## remove .venv and caches; runs and data stay
+	@rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info build dist
+	@find umarvel_ray tests jobs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A half-made .venv (an interrupted first call) has no working pip and is made anew.
+$(READY): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then \
+	   echo "make: no Python 3.11 or newer found. Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
+	   exit 2; fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	   echo "make: $(PYTHON) is older than Python 3.11 or does not start. Name another: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; \
+	   exit 2; }
+	@echo "setting up $(VENV) (once, about 2 minutes)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
