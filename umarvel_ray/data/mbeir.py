@@ -1,0 +1,995 @@
+"""M-BEIR: its tasks, its files, their readers, the writers of the same formats, and a check that finds every
+fault.
+
+Under the root stand `query/{train,union_train,val,test}/`, `cand_pool/{local,global}/`,
+`qrels/{train,val,test}/`, `instructions/query_instructions.tsv` and the images, whose paths in the records
+start at the root.
+
+Source of the layout and of the task table: Wei et al. 2023 (UniIR), arXiv:2311.17136, and its data set card.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from umarvel_ray.artifacts import atomic_write, file_fingerprint
+from umarvel_ray.data.lines import Faults, JsonLines
+from umarvel_ray.data.records import Candidate, Query, modality_of
+from umarvel_ray.data.trec import Qrels, read_qrels
+from umarvel_ray.errors import DataError
+
+Domain = Literal["news", "fashion", "wiki", "common"]
+ImageCheck = Literal["none", "exists", "decode"]
+
+DATASETS = (
+    "visualnews", "fashion200k", "webqa", "edis", "nights", "oven", "infoseek", "fashioniq", "cirr", "mscoco",
+)  # fmt: skip
+"""By data set id: the number before the colon of a qid or did."""
+
+DOMAINS: dict[str, Domain] = {
+    "visualnews": "news", "edis": "news", "fashion200k": "fashion", "fashioniq": "fashion", "webqa": "wiki",
+    "oven": "wiki", "infoseek": "wiki", "nights": "common", "cirr": "common", "mscoco": "common",
+}  # fmt: skip
+
+MAX_IMAGE_PIXELS = 100_000_000
+"""Pixels of the largest picture the check decodes; M-BEIR's largest are strips of 256 x 51,200."""
+MAX_IMAGE_BYTES = 100_000_000
+"""Bytes of the largest picture file the check decodes."""
+
+_INSTRUCTIONS = "instructions/query_instructions.tsv"
+_SHARING_DATASETS = ("oven", "infoseek")
+"""These two share Wikipedia: each lists positives of the other, which only the global pool holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One of M-BEIR's sixteen retrieval tasks.
+
+    Attributes:
+        name: As in the file names, `"mscoco_task0"`.
+        dataset: `"mscoco"`.
+        dataset_id: The number before the colon of its qids and dids.
+        task_id: Which modality is asked for with which: 0-4, 6-8.
+        query_modality: One of `MODALITIES`.
+        candidate_modality: One of `MODALITIES`.
+        headline_k: The k of the hit@k that papers report.
+        domain: Of the pictures and texts, for the kinds of error.
+    """
+
+    name: str
+    dataset: str
+    dataset_id: int
+    task_id: int
+    query_modality: str
+    candidate_modality: str
+    headline_k: int
+    domain: Domain
+
+    @property
+    def kind(self) -> str:
+        """What is asked with what, for people: `"text → image"`."""
+        return " → ".join(part.replace(",", "+") for part in (self.query_modality, self.candidate_modality))
+
+
+_MODALITIES_BY_TASK_ID = {
+    0: ("text", "image"),
+    1: ("text", "text"),
+    2: ("text", "image,text"),
+    3: ("image", "text"),
+    4: ("image", "image"),
+    6: ("image,text", "text"),
+    7: ("image,text", "image"),
+    8: ("image,text", "image,text"),
+}
+
+
+def _task(dataset: str, task_id: int, headline_k: int = 5) -> Task:
+    query_modality, candidate_modality = _MODALITIES_BY_TASK_ID[task_id]
+    return Task(
+        name=f"{dataset}_task{task_id}",
+        dataset=dataset,
+        dataset_id=DATASETS.index(dataset),
+        task_id=task_id,
+        query_modality=query_modality,
+        candidate_modality=candidate_modality,
+        headline_k=headline_k,
+        domain=DOMAINS[dataset],
+    )
+
+
+TASKS: tuple[Task, ...] = (
+    _task("visualnews", 0),
+    _task("mscoco", 0),
+    _task("fashion200k", 0, headline_k=10),
+    _task("webqa", 1),
+    _task("edis", 2),
+    _task("webqa", 2),
+    _task("visualnews", 3),
+    _task("mscoco", 3),
+    _task("fashion200k", 3, headline_k=10),
+    _task("nights", 4),
+    _task("oven", 6),
+    _task("infoseek", 6),
+    _task("fashioniq", 7, headline_k=10),
+    _task("cirr", 7),
+    _task("oven", 8),
+    _task("infoseek", 8),
+)
+"""In the order of the papers' tables."""
+
+TASK_BY_NAME: dict[str, Task] = {task.name: task for task in TASKS}
+
+
+def local_pool_name(task: Task, split: str) -> str:
+    """The middle of a local pool's file name: val and test share one pool, but in MSCOCO each has its own."""
+    return f"{task.name}_{split}" if task.dataset == "mscoco" else task.name
+
+
+class _RecordFault(Exception):
+    """What is wrong with one record: the rule it breaks, this case, what to do."""
+
+    def __init__(self, rule: str, detail: str, advice: str) -> None:
+        super().__init__(f"{rule}: {detail}. {advice}")
+        self.rule, self.detail, self.advice = rule, detail, advice
+
+
+def _dataset_id(name: str) -> int | None:
+    """The number before the colon of a qid or did; None where there is none."""
+    number, colon, _ = name.partition(":")
+    return int(number) if colon and number.isascii() and number.isdigit() else None
+
+
+def _read_modality(value: Any) -> str | None:
+    """As one of `MODALITIES`; the data set card spells "text,image", the files "image,text": both are
+    read."""
+    if not isinstance(value, str):
+        return None
+    parts = [part.strip() for part in value.split(",")]
+    if len(set(parts)) != len(parts) or not {*parts} <= {"image", "text"}:
+        return None
+    return ",".join(sorted(parts))
+
+
+def _check_name(field: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise _RecordFault(f"{field} is no name", f"{value!r}", 'Give each line a name such as "9:11".')
+    return value
+
+
+def _check_text(field: str, value: Any, *, name: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        kind = type(value).__name__
+        raise _RecordFault(
+            f"{field} is neither text nor null", f"{name} has a {kind}", "Write a string or null."
+        )
+    return value or None
+
+
+def _check_names(field: str, value: Any, *, name: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise _RecordFault(f"{field} is no list of dids", name, 'Write a list such as ["9:83"].')
+    return tuple(value)
+
+
+def _check_modality(field: str, value: Any, *, name: str, txt: str | None, img_path: str | None) -> None:
+    modality = _read_modality(value)
+    if modality is None:
+        advice = 'Write "text", "image" or "image,text".'
+        raise _RecordFault(f"{field} is no modality", f"{name} has {value!r}", advice)
+    held = modality_of(txt, img_path)
+    if modality != held:
+        raise _RecordFault(
+            f"{field} disagrees with the content",
+            f"{name} says {value!r} but holds {held or 'nothing'}",
+            "Correct the modality, or give the text and the image it names.",
+        )
+
+
+def _join(root: Path, img_path: str | None) -> str | None:
+    return os.path.join(root, img_path) if img_path else None
+
+
+def _read_candidate(record: dict[str, Any], root: Path) -> Candidate:
+    did = _check_name("did", record.get("did"))
+    txt = _check_text("txt", record.get("txt"), name=did)
+    img_path = _check_text("img_path", record.get("img_path"), name=did)
+    _check_modality("modality", record.get("modality"), name=did, txt=txt, img_path=img_path)
+    return Candidate(did=did, txt=txt, img_path=_join(root, img_path))
+
+
+def _read_query(record: dict[str, Any], root: Path, line: int) -> "QueryRecord":
+    qid = _check_name("qid", record.get("qid"))
+    txt = _check_text("query_txt", record.get("query_txt"), name=qid)
+    img_path = _check_text("query_img_path", record.get("query_img_path"), name=qid)
+    _check_modality("query_modality", record.get("query_modality"), name=qid, txt=txt, img_path=img_path)
+    positives = _check_names("pos_cand_list", record.get("pos_cand_list"), name=qid)
+    if not positives:
+        raise _RecordFault("pos_cand_list is empty", qid, "Give each query a positive, or remove it.")
+    task_id = record.get("task_id")
+    if not isinstance(task_id, int) or isinstance(task_id, bool):
+        raise _RecordFault("task_id is no number", f"{qid} has {task_id!r}", "Write one of 0-4, 6-8.")
+    return QueryRecord(
+        query=Query(qid=qid, txt=txt, img_path=_join(root, img_path)),
+        positives=positives,
+        negatives=_check_names("neg_cand_list", record.get("neg_cand_list") or [], name=qid),
+        task_id=task_id,
+        line=line,
+    )
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _image_digest(path: str, size: int, mtime_ns: int) -> bytes:
+    """Size and time are part of the key, so a picture that was replaced is read again."""
+    return file_fingerprint(path).encode()
+
+
+def content_key(record: Query | Candidate) -> bytes:
+    """16 bytes that are equal for equal content: the same text to the letter and the same image to the byte.
+
+    Raises:
+        DataError: The image cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if record.txt:
+        digest.update(b"text\0" + record.txt.encode("utf-8", "surrogatepass"))
+    if record.img_path:
+        try:
+            status = os.stat(record.img_path)
+            digest.update(b"\0image\0" + _image_digest(record.img_path, status.st_size, status.st_mtime_ns))
+        except OSError as error:
+            name = record.qid if isinstance(record, Query) else record.did
+            raise DataError(
+                f"{record.img_path}: the image of {name} cannot be read ({error.strerror}). Unpack the "
+                "images there."
+            ) from None
+    return digest.digest()
+
+
+class Pool:
+    """The candidates of one pool file by row and by did. Pickles as its paths.
+
+    Attributes:
+        path: The JSONL file.
+        root: The folder at which its image paths start.
+        name: `"mscoco_task0_test"` for `mbeir_mscoco_task0_test_cand_pool.jsonl`; the file's stem elsewhere.
+        fingerprint: 16 hex digits that name the file's content (not that of its images).
+    """
+
+    def __init__(self, path: str | os.PathLike, root: str | os.PathLike) -> None:
+        """Open a pool.
+
+        Raises:
+            DataError: The file cannot be read.
+        """
+        self._lines = JsonLines(path)
+        self.path = self._lines.path
+        self.root = Path(os.path.abspath(root))
+        self.name = self.path.stem.removeprefix("mbeir_").removesuffix("_cand_pool")
+        self.fingerprint = self._lines.fingerprint
+
+    def __reduce__(self) -> tuple[type["Pool"], tuple[str, str]]:
+        return Pool, (str(self.path), str(self.root))
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return (self.candidate(row) for row in range(len(self)))
+
+    def candidate(self, row: int) -> Candidate:
+        """The candidate at `row`, from 0; its image path absolute.
+
+        Raises:
+            DataError: The line breaks the format.
+        """
+        try:
+            return _read_candidate(self._lines[row], self.root)
+        except _RecordFault as fault:
+            raise DataError(f"{self._lines.where(row)}: {fault}") from None
+
+    def where(self, row: int) -> str:
+        """`file:line` of `row`, for messages."""
+        return self._lines.where(row)
+
+    def find(self, did: str) -> int | None:
+        """The row of `did`; None where the pool lacks it.
+
+        Raises:
+            DataError: Two lines of the pool share a did.
+        """
+        return self._lines.keys("did", unique=True).find(did)
+
+    def get(self, did: str) -> Candidate:
+        """The candidate `did`.
+
+        Raises:
+            DataError: The pool lacks it.
+        """
+        if (row := self.find(did)) is None:
+            raise DataError(
+                f"{self.path}: has no candidate {did} among {len(self)}. Use the pool it was taken from."
+            )
+        return self.candidate(row)
+
+    def dids(self) -> list[str]:
+        """All dids by row: one pass over the file, about 70 bytes of memory each."""
+        return [_string(record, "did", where=self.where, row=row) for row, record in enumerate(self._lines)]
+
+    def content_key(self, row: int) -> bytes:
+        """16 bytes that rows of the same content share, whatever their dids; see `content_key`."""
+        return content_key(self.candidate(row))
+
+
+@dataclass(frozen=True, slots=True)
+class QueryRecord:
+    """A query with its judgements, as a line of a query file gives them.
+
+    Attributes:
+        query: Without instruction: that is chosen by who reads it.
+        positives: dids, at least one.
+        negatives: dids given by the source data set, often none.
+        task_id: 0-4, 6-8.
+        line: Where it stands in its file, from 1.
+    """
+
+    query: Query
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...] = ()
+    task_id: int = 0
+    line: int = 0
+
+
+class QuerySet:
+    """The queries of one file by row. Pickles as its paths.
+
+    The union training file repeats queries, so a qid need not be unique unless `row_of` is asked.
+
+    Attributes:
+        path: The JSONL file.
+        root: The folder at which its image paths start.
+        fingerprint: 16 hex digits that name the file's content (not that of its images).
+    """
+
+    def __init__(self, path: str | os.PathLike, root: str | os.PathLike) -> None:
+        """Open a query file.
+
+        Raises:
+            DataError: The file cannot be read.
+        """
+        self._lines = JsonLines(path)
+        self.path = self._lines.path
+        self.root = Path(os.path.abspath(root))
+        self.fingerprint = self._lines.fingerprint
+
+    def __reduce__(self) -> tuple[type["QuerySet"], tuple[str, str]]:
+        return QuerySet, (str(self.path), str(self.root))
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __iter__(self) -> Iterator[QueryRecord]:
+        return (self[row] for row in range(len(self)))
+
+    def __getitem__(self, row: int) -> QueryRecord:
+        """The query at `row`, from 0; its image path absolute.
+
+        Raises:
+            DataError: The line breaks the format.
+        """
+        try:
+            return _read_query(self._lines[row], self.root, self._lines.line(row))
+        except _RecordFault as fault:
+            raise DataError(f"{self._lines.where(row)}: {fault}") from None
+
+    def where(self, row: int) -> str:
+        """`file:line` of `row`, for messages."""
+        return self._lines.where(row)
+
+    def find(self, qid: str) -> int | None:
+        """The first row of `qid`; None where the file lacks it."""
+        return self._lines.keys("qid", unique=False).find(qid)
+
+    def row_of(self, qid: str) -> int:
+        """The one row of `qid`.
+
+        Raises:
+            DataError: The file lacks it, or some qid of the file repeats.
+        """
+        row = self._lines.keys("qid", unique=True).find(qid)
+        if row is None:
+            raise DataError(
+                f"{self.path}: has no query {qid} among {len(self)}. Use the file it was taken from."
+            )
+        return row
+
+    def qids(self) -> list[str]:
+        """All qids by row: one pass over the file."""
+        return [_string(record, "qid", where=self.where, row=row) for row, record in enumerate(self._lines)]
+
+
+def _string(record: dict[str, Any], field: str, *, where: Callable[[int], str], row: int) -> str:
+    try:
+        return _check_name(field, record.get(field))
+    except _RecordFault as fault:
+        raise DataError(f"{where(row)}: {fault}") from None
+
+
+class Instructions:
+    """The task sentences of M-BEIR by (data set, query modality, candidate modality).
+
+    Attributes:
+        path: The table they were read from.
+        fingerprint: 16 hex digits that name its content.
+    """
+
+    def __init__(
+        self, path: Path, prompts: dict[tuple[int, str, str], tuple[str, ...]], fingerprint: str
+    ) -> None:
+        """Args as the attributes; `prompts` by key."""
+        self.path = path
+        self.fingerprint = fingerprint
+        self._prompts = prompts
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "Instructions":
+        """Read a table: tab-separated, one header line; then query modality, candidate modality, data set
+        name, data set id, and the prompts. Empty prompt cells are no prompts.
+
+        Raises:
+            DataError: A line lacks a column, names no modality or repeats a key.
+        """
+        path = Path(os.path.abspath(path))
+        prompts: dict[tuple[int, str, str], tuple[str, ...]] = {}
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read ({error}). Give M-BEIR's {_INSTRUCTIONS}.") from None
+        for number, line in enumerate(text.split("\n"), start=1):
+            if number == 1 or not line.strip():
+                continue
+            cells = [cell.strip() for cell in line.strip("\r").split("\t")]
+            modalities = [_read_modality(cell) for cell in cells[:2]]
+            found = tuple(cell for cell in cells[4:] if cell)
+            if len(cells) < 5 or None in modalities or not cells[3].isdecimal() or not found:
+                raise DataError(
+                    f"{path}:{number}: not an instruction row: {line[:80]!r}. Give query modality, candidate "
+                    "modality, data set, data set id and at least one prompt, separated by tabs."
+                )
+            key = (int(cells[3]), str(modalities[0]), str(modalities[1]))
+            if key in prompts:
+                raise DataError(f"{path}:{number}: a second row for {_key_text(key)}. Keep one.")
+            prompts[key] = found
+        return cls(path, prompts, file_fingerprint(path))
+
+    def prompts(self, dataset_id: int, query_modality: str, candidate_modality: str) -> tuple[str, ...]:
+        """The prompts of one row, at least one.
+
+        Raises:
+            DataError: The table has no such row.
+        """
+        key = (dataset_id, query_modality, candidate_modality)
+        if key not in self._prompts:
+            raise DataError(f"{self.path}: no row for {_key_text(key)} among {len(self._prompts)}. Add one.")
+        return self._prompts[key]
+
+    def choose(
+        self,
+        qid: str,
+        query_modality: str,
+        candidate_modality: str,
+        *,
+        choice: Literal["first", "seeded"],
+        seed: int,
+    ) -> str:
+        """The instruction of one query.
+
+        Args:
+            qid: Its data set is the number before the colon.
+            query_modality: One of `MODALITIES`.
+            candidate_modality: That of what is sought.
+            choice: The row's first prompt, or one drawn by (seed, qid): the same in any order, on any worker.
+            seed: Of the draw.
+
+        Raises:
+            DataError: The table has no such row, or the qid names no data set.
+        """
+        if (dataset_id := _dataset_id(qid)) is None:
+            raise DataError(f"query {qid!r} names no data set. Write qids as dataset:number, such as 9:11.")
+        prompts = self.prompts(dataset_id, query_modality, candidate_modality)
+        if choice == "first":
+            return prompts[0]
+        digest = hashlib.blake2b(f"{seed}\0{qid}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return prompts[int.from_bytes(digest, "little") % len(prompts)]
+
+
+def _key_text(key: tuple[int, str, str]) -> str:
+    dataset_id, query_modality, candidate_modality = key
+    name = f" ({DATASETS[dataset_id]})" if dataset_id < len(DATASETS) else ""
+    return f"data set {dataset_id}{name}, {query_modality} → {candidate_modality}"
+
+
+class Mbeir:
+    """M-BEIR's files under one root.
+
+    Attributes:
+        root: The folder that holds `query/`, `cand_pool/` and the rest.
+    """
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        """Point at a root.
+
+        Raises:
+            DataError: It is no folder.
+        """
+        self.root = Path(os.path.abspath(root))
+        if not self.root.is_dir():
+            raise DataError(
+                f"{root}: no such folder. Give the root of M-BEIR, which holds query/ and cand_pool/."
+            )
+
+    def tasks(self, split: str) -> tuple[Task, ...]:
+        """Those of `TASKS` whose query file for `split` (val or test) is there, in their order."""
+        return tuple(task for task in TASKS if self.queries_path(task, split).is_file())
+
+    def training_datasets(self) -> tuple[str, ...]:
+        """Those of `DATASETS` that have a training file, in the order of their ids."""
+        return tuple(dataset for dataset in DATASETS if self.training_queries_path(dataset).is_file())
+
+    def queries_path(self, task: Task, split: str) -> Path:
+        """The query file of a task for val or test."""
+        return self.root / "query" / split / f"mbeir_{task.name}_{split}.jsonl"
+
+    def training_queries_path(self, dataset: str) -> Path:
+        """The training file of a data set: its tasks mixed."""
+        return self.root / "query" / "train" / f"mbeir_{dataset}_train.jsonl"
+
+    def union_training_queries_path(self) -> Path:
+        """The training file of all data sets, the small ones up-sampled by repeating lines."""
+        return self.root / "query" / "union_train" / "mbeir_union_up_train.jsonl"
+
+    def local_pool_path(self, task: Task, split: str) -> Path:
+        """The pool of one task."""
+        return self.root / "cand_pool" / "local" / f"mbeir_{local_pool_name(task, split)}_cand_pool.jsonl"
+
+    def global_pool_path(self, split: str) -> Path:
+        """The pool of all tasks, for train, val or test."""
+        return self.root / "cand_pool" / "global" / f"mbeir_union_{split}_cand_pool.jsonl"
+
+    def qrels_path(self, task: Task, split: str) -> Path:
+        """The judgements of a task for val or test."""
+        return self.root / "qrels" / split / f"mbeir_{task.name}_{split}_qrels.txt"
+
+    def training_qrels_path(self, dataset: str) -> Path:
+        """The judgements of a data set's training queries."""
+        return self.root / "qrels" / "train" / f"mbeir_{dataset}_train_qrels.txt"
+
+    def instructions_path(self) -> Path:
+        """The table of task sentences."""
+        return self.root / _INSTRUCTIONS
+
+    def queries(self, task: Task, split: str) -> QuerySet:
+        """Open `queries_path`. Raises DataError where it is missing, as do all openers."""
+        return QuerySet(self._require(self.queries_path(task, split)), self.root)
+
+    def training_queries(self, dataset: str) -> QuerySet:
+        """Open `training_queries_path`."""
+        return QuerySet(self._require(self.training_queries_path(dataset)), self.root)
+
+    def union_training_queries(self) -> QuerySet:
+        """Open `union_training_queries_path`."""
+        return QuerySet(self._require(self.union_training_queries_path()), self.root)
+
+    def local_pool(self, task: Task, split: str) -> Pool:
+        """Open `local_pool_path`."""
+        return Pool(self._require(self.local_pool_path(task, split)), self.root)
+
+    def global_pool(self, split: str) -> Pool:
+        """Open `global_pool_path`."""
+        return Pool(self._require(self.global_pool_path(split)), self.root)
+
+    def qrels(self, task: Task, split: str) -> Qrels:
+        """Read `qrels_path`."""
+        return read_qrels(self._require(self.qrels_path(task, split)))
+
+    def training_qrels(self, dataset: str) -> Qrels:
+        """Read `training_qrels_path`."""
+        return read_qrels(self._require(self.training_qrels_path(dataset)))
+
+    def instructions(self) -> Instructions:
+        """Read `instructions_path`."""
+        return Instructions.read(self._require(self.instructions_path()))
+
+    def _require(self, path: Path) -> Path:
+        if not path.is_file():
+            raise DataError(
+                f"{path}: missing. Put M-BEIR's {path.relative_to(self.root)} there, or correct the root "
+                f"{self.root}."
+            )
+        return path
+
+
+def query_line(record: QueryRecord, root: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object of one line of a query file; the image path becomes relative to `root`."""
+    query = record.query
+    return {
+        "qid": query.qid,
+        "query_txt": query.txt,
+        "query_img_path": os.path.relpath(query.img_path, root) if query.img_path else None,
+        "query_modality": query.modality,
+        "query_src_content": None,
+        "pos_cand_list": list(record.positives),
+        "neg_cand_list": list(record.negatives),
+        "task_id": record.task_id,
+    }
+
+
+def candidate_line(candidate: Candidate, root: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object of one line of a pool file; the image path becomes relative to `root`."""
+    return {
+        "did": candidate.did,
+        "txt": candidate.txt,
+        "img_path": os.path.relpath(candidate.img_path, root) if candidate.img_path else None,
+        "modality": candidate.modality,
+        "src_content": None,
+    }
+
+
+def write_queries(path: str | os.PathLike, records: Iterable[QueryRecord], root: str | os.PathLike) -> None:
+    """Write a query file, by rename; instructions and line numbers have no place in it."""
+    _write_lines(path, (query_line(record, root) for record in records))
+
+
+def write_pool(path: str | os.PathLike, candidates: Iterable[Candidate], root: str | os.PathLike) -> None:
+    """Write a pool file, by rename."""
+    _write_lines(path, (candidate_line(candidate, root) for candidate in candidates))
+
+
+def write_instructions(path: str | os.PathLike, prompts: dict[tuple[int, str, str], Sequence[str]]) -> None:
+    """Write a table of task sentences, by rename.
+
+    Args:
+        path: The file.
+        prompts: By (data set id, query modality, candidate modality), at least one each, without tabs or
+            newlines.
+    """
+    width = max((len(row) for row in prompts.values()), default=1)
+    header = ["query_modality", "cand_modality", "dataset_name", "dataset_id"]
+    header += [f"prompt_{number}" for number in range(1, width + 1)]
+    with atomic_write(path) as file:
+        file.write("\t".join(header) + "\n")
+        for (dataset_id, query_modality, candidate_modality), row in prompts.items():
+            if not row or any(not prompt.strip() or set(prompt) & set("\t\r\n") for prompt in row):
+                key = _key_text((dataset_id, query_modality, candidate_modality))
+                raise DataError(
+                    f"{path}: the prompts of {key} are none, or one is empty or holds a tab or newline."
+                )
+            name = DATASETS[dataset_id] if dataset_id < len(DATASETS) else str(dataset_id)
+            file.write("\t".join([query_modality, candidate_modality, name, str(dataset_id), *row]) + "\n")
+
+
+def _write_lines(path: str | os.PathLike, values: Iterable[dict[str, Any]]) -> None:
+    with atomic_write(path) as file:
+        for value in values:
+            file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def image_fault(path: str, images: ImageCheck) -> tuple[str, str, str] | None:
+    """What is wrong with an image file, as (rule, detail, advice); None where nothing is.
+
+    Args:
+        path: The file.
+        images: `"exists"` looks whether the file is there; `"decode"` reads every pixel, within
+            `MAX_IMAGE_BYTES` and `MAX_IMAGE_PIXELS`.
+    """
+    if images == "none":
+        return None
+    if not os.path.isfile(path):
+        return "the image is missing", path, "Unpack the images there, or correct the path."
+    if images == "exists":
+        return None
+    if (size := os.path.getsize(path)) > MAX_IMAGE_BYTES:
+        return "the image is too large", f"{path} has {size:,} bytes of {MAX_IMAGE_BYTES:,}", "Scale it down."
+    return _decode_fault(path)
+
+
+def _decode_fault(path: str) -> tuple[str, str, str] | None:
+    import warnings
+
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit stands below
+            with Image.open(path) as image:
+                width, height = image.size
+                if width * height > MAX_IMAGE_PIXELS:
+                    detail = f"{path} has {width} x {height} pixels of {MAX_IMAGE_PIXELS:,} in all"
+                    return "the image is too large", detail, "Scale it down."
+                image.load()
+    except Image.DecompressionBombError:
+        return "the image is too large", f"{path} passes {MAX_IMAGE_PIXELS:,} pixels", "Scale it down."
+    except Exception as error:  # a broken file makes decoders raise almost anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return "the image is broken", f"{path}: {reason}", "Copy the file again."
+    return None
+
+
+def check_mbeir(
+    root: str | os.PathLike,
+    *,
+    tasks: Sequence[Task] | None = None,
+    splits: Sequence[Literal["train", "val", "test"]] = ("val", "test"),
+    images: ImageCheck = "exists",
+) -> list[str]:
+    """Every fault of the files under `root`, one line each kind and file: where, what, the first case, how
+    many.
+
+    Args:
+        root: M-BEIR's root.
+        tasks: Look at these; None for those that are there. For train it is their data sets that count.
+        splits: Look at these. Train means the data sets' and the union file over the global training pool.
+        images: How far pictures are looked at.
+
+    Returns:
+        `file:line: fault: first case (how many). What to do.`, in the order of the files; empty where all is
+        well.
+    """
+    try:
+        mbeir = Mbeir(root)
+    except DataError as error:
+        return [str(error)]
+    checker = _Checker(mbeir, images)
+    for split in splits:
+        if split == "train":
+            checker.check_training(None if tasks is None else {task.dataset for task in tasks})
+        else:
+            checker.check_split(mbeir.tasks(split) if tasks is None else tasks, split)
+    return checker.faults.report()
+
+
+class _Dids:
+    """The dids of a pool as sorted 64-bit hashes: 8 bytes each, enough to tell which are missing.
+
+    Two of five million dids share a hash once in a million pools; the readers compare the names themselves.
+    """
+
+    def __init__(self, hashes: array) -> None:
+        self.hashes = np.frombuffer(hashes, dtype=np.uint64) if hashes else np.zeros(0, dtype=np.uint64)
+        self.order = np.argsort(self.hashes, kind="stable")
+        self.hashes = self.hashes[self.order]
+
+    def __contains__(self, did: str) -> bool:
+        wanted = np.uint64(self.hash(did))
+        place = int(np.searchsorted(self.hashes, wanted))
+        return place < len(self.hashes) and bool(self.hashes[place] == wanted)
+
+    @staticmethod
+    def hash(did: str) -> int:
+        digest = hashlib.blake2b(did.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
+
+
+class _Checker:
+    def __init__(self, mbeir: Mbeir, images: ImageCheck) -> None:
+        self.faults = Faults()
+        self._mbeir = mbeir
+        self._pools: dict[tuple[Path, str | None], _Dids | None] = {}
+        self._instructions: Instructions | None = None
+        self._faulty_qids: set[str] = set()
+        # Many records share a picture; the answers for so many are kept, not all of a large pool's.
+        self._image_fault = functools.lru_cache(maxsize=1 << 20)(lambda path: image_fault(path, images))
+
+    def check_split(self, tasks: Sequence[Task], split: str) -> None:
+        """The query files, local pools and qrels of val or test."""
+        if not tasks:
+            folder = self._mbeir.root / "query" / split
+            detail, advice = "none of the sixteen is there", f"Put mbeir_{{task}}_{split}.jsonl there."
+            self.faults.add(folder, None, "no query files", detail=detail, advice=advice)
+        whole = self._mbeir.global_pool_path(split)
+        everything = self._check_pool(whole) if whole.is_file() else None
+        for task in tasks:
+            pool_path = self._mbeir.local_pool_path(task, split)
+            pool = self._check_pool(pool_path, task=task)
+            self._check_instructions(task)
+            path = self._mbeir.queries_path(task, split)
+            judged: dict[str, tuple[int, tuple[str, ...]]] = {}
+            for record in self._queries(path):
+                query = record.query
+                if query.qid in judged:
+                    detail = f"query {query.qid} stands in line {judged[query.qid][0]} already"
+                    self.faults.add(
+                        path, record.line, "a qid repeats", detail=detail, advice="Keep one line of each."
+                    )
+                judged.setdefault(query.qid, (record.line, record.positives))
+                self._check_task(path, record, task)
+                if pool is not None:
+                    self._check_positives(path, record, pool, pool_path, task=task)
+                if everything is not None:
+                    self._check_positives(path, record, everything, whole)
+            self._check_qrels(self._mbeir.qrels_path(task, split), path, judged)
+
+    def check_training(self, datasets: set[str] | None) -> None:
+        """The training files over the global training pool."""
+        pool_path = self._mbeir.global_pool_path("train")
+        pool = self._check_pool(pool_path)
+        union = self._mbeir.union_training_queries_path()
+        there = self._mbeir.training_datasets() if datasets is None else sorted(datasets, key=DATASETS.index)
+        if not there or union.is_file():
+            for record in self._queries(union):
+                self._check_training_record(union, record, pool, pool_path)
+        for dataset in there:
+            path = self._mbeir.training_queries_path(dataset)
+            judged: dict[str, tuple[int, tuple[str, ...]]] = {}
+            for record in self._queries(path):
+                judged.setdefault(record.query.qid, (record.line, record.positives))
+                self._check_training_record(path, record, pool, pool_path)
+            self._check_qrels(self._mbeir.training_qrels_path(dataset), path, judged)
+
+    def _check_training_record(
+        self, path: Path, record: QueryRecord, pool: _Dids | None, pool_path: Path
+    ) -> None:
+        if pool is None:
+            return
+        self._check_positives(path, record, pool, pool_path)
+        for did in record.negatives:
+            if did not in pool:
+                detail = f"candidate {did} of query {record.query.qid} is not in {pool_path.name}"
+                advice = "Use the pool these queries were written for."
+                self.faults.add(
+                    path, record.line, "a negative outside the pool", detail=detail, advice=advice
+                )
+
+    def _records(self, path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """(row, line, object) of each line that is one; the others are noted."""
+        if not path.is_file():
+            advice = f"Put M-BEIR's {path.relative_to(self._mbeir.root)} there."
+            self.faults.add(path, None, "missing", detail="no such file", advice=advice)
+            return
+        lines = JsonLines(path)
+        if not len(lines):
+            self.faults.add(path, None, "empty", detail="it has no line", advice="Copy the file again.")
+        for row in range(len(lines)):
+            try:
+                yield row, lines.line(row), lines[row]
+            except DataError as error:
+                detail = (
+                    str(error)
+                    .removeprefix(f"{lines.where(row)}: ")
+                    .removesuffix(" Mend the line.")
+                    .rstrip(".")
+                )
+                self.faults.add(
+                    path, lines.line(row), "not a JSON object", detail=detail, advice="Mend the line."
+                )
+
+    def _queries(self, path: Path) -> Iterator[QueryRecord]:
+        self._faulty_qids.clear()  # of the file last read; its qrels are not blamed for them
+        for _, line, value in self._records(path):
+            try:
+                record = _read_query(value, self._mbeir.root, line)
+            except _RecordFault as fault:
+                self.faults.add(path, line, fault.rule, detail=fault.detail, advice=fault.advice)
+                self._faulty_qids.add(str(value.get("qid")))
+                continue
+            self._check_image(path, line, record.query.img_path)
+            yield record
+
+    def _check_pool(self, path: Path, *, task: Task | None = None) -> _Dids | None:
+        """Its dids; None where the file is missing, so that not every positive is called missing too."""
+        key = (path, task.candidate_modality if task else None)
+        if key not in self._pools:
+            self._pools[key] = self._read_pool(path, task)
+        return self._pools[key]
+
+    def _read_pool(self, path: Path, task: Task | None) -> _Dids | None:
+        hashes, line_numbers = array("Q"), array("Q")
+        for _, line, value in self._records(path):
+            did = value.get("did")
+            if isinstance(did, str):
+                # A line with another fault still holds its did: its queries are not blamed as well.
+                hashes.append(_Dids.hash(did))
+                line_numbers.append(line)
+            try:
+                candidate = _read_candidate(value, self._mbeir.root)
+            except _RecordFault as fault:
+                self.faults.add(path, line, fault.rule, detail=fault.detail, advice=fault.advice)
+                continue
+            self._check_image(path, line, candidate.img_path)
+            if task and candidate.modality != task.candidate_modality:
+                detail = (
+                    f"{candidate.did} is {candidate.modality}, {task.name} seeks {task.candidate_modality}"
+                )
+                advice = "Move it to the pool of its own task."
+                self.faults.add(path, line, "a candidate of another task", detail=detail, advice=advice)
+        if not path.is_file():
+            return None
+        dids = _Dids(hashes)
+        for place in np.flatnonzero(dids.hashes[1:] == dids.hashes[:-1]):
+            first, second = (line_numbers[int(dids.order[place + step])] for step in (0, 1))
+            detail = f"the did of line {first} stands here again"
+            self.faults.add(path, second, "a did repeats", detail=detail, advice="Keep one line of each.")
+        return dids
+
+    def _check_image(self, path: Path, line: int, img_path: str | None) -> None:
+        if img_path and (fault := self._image_fault(img_path)):
+            rule, detail, advice = fault
+            self.faults.add(path, line, rule, detail=detail, advice=advice)
+
+    def _check_task(self, path: Path, record: QueryRecord, task: Task) -> None:
+        query = record.query
+        found = (_dataset_id(query.qid), record.task_id, query.modality)
+        wanted = (task.dataset_id, task.task_id, task.query_modality)
+        if found != wanted:
+            detail = (
+                f"query {query.qid} has task_id {record.task_id} and asks with {query.modality}, "
+                f"{task.name} is data set {task.dataset_id}, task_id {task.task_id}, {task.query_modality}"
+            )
+            advice = "Move it to the file of its own task."
+            self.faults.add(path, record.line, "a query of another task", detail=detail, advice=advice)
+
+    def _check_positives(
+        self, path: Path, record: QueryRecord, pool: _Dids, pool_path: Path, *, task: Task | None = None
+    ) -> None:
+        wanted = record.positives
+        if task and task.dataset in _SHARING_DATASETS:
+            wanted = tuple(did for did in wanted if _dataset_id(did) == task.dataset_id)
+            if not wanted:
+                detail = f"query {record.query.qid} lists only candidates of other data sets"
+                advice = f"Give it one of {pool_path.name}."
+                self.faults.add(path, record.line, "no positive in the pool", detail=detail, advice=advice)
+        for did in wanted:
+            if did not in pool:
+                detail = f"candidate {did} of query {record.query.qid} is not in {pool_path.name}"
+                advice = "Use the pool these queries were written for."
+                rule = "a positive outside the local pool" if task else "a positive outside the global pool"
+                self.faults.add(path, record.line, rule, detail=detail, advice=advice)
+
+    def _check_instructions(self, task: Task) -> None:
+        path = self._mbeir.instructions_path()
+        try:
+            if self._instructions is None:
+                self._instructions = self._mbeir.instructions()
+            self._instructions.prompts(task.dataset_id, task.query_modality, task.candidate_modality)
+        except DataError as error:
+            detail = str(error).removeprefix(f"{path}: ").rstrip(".")
+            advice = "Take M-BEIR's table, or add the row."
+            self.faults.add(path, None, "the instructions fall short", detail=detail, advice=advice)
+
+    def _check_qrels(
+        self, path: Path, queries_path: Path, judged: dict[str, tuple[int, tuple[str, ...]]]
+    ) -> None:
+        advice = f"Write it anew from the pos_cand_list of {queries_path.name}."
+        if not path.is_file():
+            self.faults.add(path, None, "missing", detail="no such file", advice=advice)
+            return
+        try:
+            qrels = read_qrels(path)
+        except DataError as error:
+            self.faults.add(
+                path, None, "not a qrels file", detail=str(error).rstrip("."), advice="Mend the line."
+            )
+            return
+        rule = "the qrels disagree with the queries"
+        for qid, (line, positives) in judged.items():
+            if (listed := qrels.get(qid)) is None:
+                detail = f"query {qid} of {queries_path.name}:{line} is not judged here"
+            elif listed.keys() != set(positives):
+                odd = sorted(listed.keys() ^ set(positives))[0]
+                detail = (
+                    f"query {qid} of {queries_path.name}:{line} and its judgements differ in candidate {odd}"
+                )
+            else:
+                continue
+            self.faults.add(path, None, rule, detail=detail, advice=advice)
+        for qid in qrels:
+            if qid not in judged and qid not in self._faulty_qids:
+                detail = f"query {qid} is judged but not in {queries_path.name}"
+                self.faults.add(path, None, rule, detail=detail, advice=advice)
