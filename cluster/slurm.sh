@@ -48,10 +48,13 @@ export RAY_ENABLE_UV_RUN_RUNTIME_ENV=0
 # Ray gives the nodes 30 s to meet; a cold file system needs more to import Python on each.
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600
 
-head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-# The first address that is not loopback; where nodes have several networks, name the right one in UMARVEL_HEAD_IP.
-head_ip="${UMARVEL_HEAD_IP:-$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --all-ip-addresses | awk '{print $1}')}"
-address="$head_ip:6379"
+# awk reads to the end, where `head` would leave scontrol with a broken pipe and end this script.
+head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk 'NR == 1')"
+# The first address that is not loopback; where nodes have several networks, set UMARVEL_HEAD_IP to the right one.
+if [[ -z "${UMARVEL_HEAD_IP:-}" ]]; then
+    UMARVEL_HEAD_IP="$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --all-ip-addresses | awk '{print $1}')"
+fi
+address="$UMARVEL_HEAD_IP:6379"
 
 # `ray symmetric-run` ends with 0 where Ray itself could not start, so the run leaves its own status behind.
 # shellcheck disable=SC2016
