@@ -19,7 +19,9 @@ def reference(metric: str, k: int, ranked: list[str], grades: dict[str, int]) ->
     if metric == "ndcg":
         best = sorted(positives.values(), reverse=True)[:k]
         ideal = sum(grade / math.log2(rank + 1) for rank, grade in enumerate(best, 1))
-        return sum(positives[ranked[rank - 1]] / math.log2(rank + 1) for rank in hits) / ideal if ideal else 0.0
+        return (
+            sum(positives[ranked[rank - 1]] / math.log2(rank + 1) for rank in hits) / ideal if ideal else 0.0
+        )
     if metric == "map":
         total = sum((place + 1) / rank for place, rank in enumerate(hits))
         return total / min(k, len(positives)) if positives else 0.0
@@ -54,7 +56,9 @@ def test_metrics_equal_pytrec_eval(graded):
     pytrec_eval = pytest.importorskip("pytrec_eval")
     qrels, ranking = random_world(7, graded=graded)
     for k in (1, 5, 10):
-        run = {qid: {did: 1.0 - rank / 100 for rank, did in enumerate(dids[:k])} for qid, dids in ranking.items()}
+        run = {
+            qid: {did: 1.0 - rank / 100 for rank, did in enumerate(dids[:k])} for qid, dids in ranking.items()
+        }
         measures = {f"success.{k}", f"recall.{k}", f"ndcg_cut.{k}", "recip_rank"}
         theirs = pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(run)
         ours = score_queries(qrels, ranking, [f"{metric}@{k}" for metric in ("hit", "recall", "ndcg", "mrr")])
@@ -94,7 +98,7 @@ def test_queries_without_qrels_are_named_with_their_count():
 
 
 def test_a_candidate_ranked_twice_is_refused():
-    with pytest.raises(DataError, match="1 of 1 rankings name a candidate twice .*query q, candidate a"):
+    with pytest.raises(DataError, match=r"1 of 1 rankings name a candidate twice .*query q, candidate a"):
         mean_scores({"q": {"a": 1}}, {"q": ["a", "b", "a"]}, ["hit@1"])
 
 

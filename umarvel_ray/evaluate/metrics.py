@@ -1,8 +1,8 @@
 """Metrics of ranked results: grades in, one number per query out.
 
-Axes: Q queries of the run, in its order; K ranks, best first, as deep as asked. Every function gives (Q,) float64 in
-[0, 1]. A candidate without a judgement counts as not relevant; only grades above zero make a positive. Queries
-without a positive score 0 and stay in the mean, as the benchmark counts them.
+Axes: Q queries of the run, in its order; K ranks, best first, as deep as asked. Every metric gives (Q,)
+float64 in [0, 1]. A candidate without a judgement counts as not relevant; only grades above zero make a
+positive. Queries without a positive score 0 and stay in the mean, as the benchmark counts them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +13,10 @@ import numpy as np
 from umarvel_ray.errors import ConfigError, DataError
 
 DEFINITION = (
-    "hit@k is 1 if any positive of the query is among its first k candidates and 0 if not (M-BEIR prints it as "
-    '"Recall@k"), recall@k is the share of its positives among them, ndcg@k uses linear gains and log2 discounts, '
-    "mrr@k is 1 / rank of the first positive, map@k divides by min(k, number of positives); each is the mean over "
-    "all queries, and recall, ndcg and map count the positives that the pool holds."
+    "hit@k is 1 if any positive of the query is among its first k candidates, else 0 (M-BEIR prints it "
+    'as "Recall@k"), recall@k is the share of its positives among them, ndcg@k uses linear gains and log2 '
+    "discounts, mrr@k is 1 / rank of the first positive, map@k divides by min(k, number of positives); each is "
+    "the mean over all queries; recall, ndcg and map count only the positives that the pool holds."
 )
 """One sentence that stands in every results file."""
 
@@ -27,7 +27,7 @@ class Judged:
 
     Attributes:
         qids: (Q,) the queries, in the order of the run.
-        gain_QK: float64, grade of the candidate at each rank; 0 where not relevant and past the end of a ranking.
+        gain_QK: float64, grade of the candidate at each rank; 0 where not relevant or past a ranking's end.
         ideal_QK: float64, the same for the best possible ranking.
         num_positives_Q: int64, positives of each query, found or not.
     """
@@ -98,14 +98,15 @@ def ndcg_at(judged: Judged, k: int) -> np.ndarray:
     """
     k = min(k, judged.gain_QK.shape[1])
     discount_K = 1 / np.log2(np.arange(2, k + 2))
-    ideal_Q = judged.ideal_QK[:, :k] @ discount_K
-    return (judged.gain_QK[:, :k] @ discount_K) / np.where(ideal_Q > 0, ideal_Q, 1)
+    ideal_Q = (judged.ideal_QK[:, :k] * discount_K).sum(axis=1)
+    return (judged.gain_QK[:, :k] * discount_K).sum(axis=1) / np.where(ideal_Q > 0, ideal_Q, 1)
 
 
 def average_precision_at(judged: Judged, k: int) -> np.ndarray:
     """Sum of the precision at each positive's rank, over min(k, number of positives).
 
-    Source: Baldrati et al. 2023, CIRCO, arXiv:2303.15247, eq. 5 (trec_eval divides by the number of positives).
+    Source: Baldrati et al. 2023, CIRCO, arXiv:2303.15247, eq. 5 (trec_eval divides by the number of
+    positives).
     """
     relevant_QK = judged.gain_QK[:, :k] > 0
     precision_QK = relevant_QK.cumsum(axis=1) / np.arange(1, relevant_QK.shape[1] + 1)
@@ -113,7 +114,7 @@ def average_precision_at(judged: Judged, k: int) -> np.ndarray:
 
 
 def reciprocal_rank_at(judged: Judged, k: int) -> np.ndarray:
-    """1 / rank of the first positive, 0 if it is not among the first k."""
+    """1 / rank of the first positive; 0 if it is not among the first k."""
     rank_Q = first_positive_rank(judged)
     found_Q = (rank_Q > 0) & (rank_Q <= k)
     return found_Q / np.maximum(rank_Q, 1)
@@ -142,14 +143,16 @@ def parse_metric(name: str) -> tuple[Callable[[Judged, int], np.ndarray], int]:
     """
     metric, _, k = name.partition("@")
     if metric not in METRICS or not k.isdecimal() or int(k) < 1:
-        raise ConfigError(f"metric {name!r} is not known. Write one of {', '.join(METRICS)}, then @k, as in hit@5.")
+        raise ConfigError(
+            f"metric {name!r} is not known. Write one of {', '.join(METRICS)}, then @k, as in hit@5."
+        )
     return METRICS[metric], int(k)
 
 
 def score_queries(
     qrels: Mapping[str, Mapping[str, int]], ranking: Mapping[str, Sequence[str]], metrics: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Each metric of each query: `{"hit@5": (Q,) float64}`, in the order of the ranking; errors as in `judge`."""
+    """Each metric of each query: `{"hit@5": (Q,) float64}`, in the ranking's order; errors as `judge`."""
     parsed = {name: parse_metric(name) for name in metrics}
     judged = judge(qrels, ranking, depth=max((k for _, k in parsed.values()), default=1))
     return {name: function(judged, k) for name, (function, k) in parsed.items()}
@@ -164,5 +167,7 @@ def mean_scores(
         DataError: As in `judge`, or there is no query.
     """
     if not ranking:
-        raise DataError("run: holds no query, so no mean exists. Search first, or check the name of the split.")
+        raise DataError(
+            "run: holds no query, so no mean exists. Search first, or check the name of the split."
+        )
     return {name: float(values_Q.mean()) for name, values_Q in score_queries(qrels, ranking, metrics).items()}
