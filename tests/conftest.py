@@ -4,6 +4,7 @@ The environment is set before anything imports torch or Ray, and only where the 
 plain `pytest` does what `make test` does.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -36,7 +37,9 @@ def ray_session() -> Iterator[None]:
     """
     import ray
 
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+    )
     yield
     ray.shutdown()
 
