@@ -12,11 +12,11 @@ import csv
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
@@ -36,7 +36,7 @@ from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.data.trec import write_qrels
 from umarvel_ray.demo import scenes
 from umarvel_ray.demo.scenes import Clue, Scene, Thing
-from umarvel_ray.errors import DataError, OutputError
+from umarvel_ray.errors import OutputError
 
 WORLD_FILE = "world.json"
 MBEIR_FOLDER = "M-BEIR"
@@ -572,7 +572,9 @@ def _spread(share: float) -> Iterator[int]:
         position += 1
 
 
-def _entry(album: _Album, folder: str, content: _Content, rng: random.Random, used: Any) -> _Entry:
+def _entry(
+    album: _Album, folder: str, content: _Content, rng: random.Random, used: Container[str | None]
+) -> _Entry:
     """A candidate of this content; its wording is none of `used`, which is always possible: texts have many."""
     show = album.shown if content.as_asked else album.new
     img_path = show(folder, content.picture) if content.picture else None
@@ -749,11 +751,11 @@ def _write_sentences(plan: _Plan, path: Path) -> int:
 
 
 def _write_captions(plan: _Plan, path: Path) -> int:
-    """As LLaVA's pre-training set writes them: a list of id, image (from the folder `images/`) and caption."""
-    rows: list[Mapping[str, str]] = []
+    """A list of id, image (from the file's own folder) and caption, as LLaVA's pre-training set has it."""
+    rows: list[dict[str, str]] = []
     for picture, caption in plan.captions:
-        name = os.path.basename(picture)
-        rows.append({"id": os.path.splitext(name)[0], "image": name, "caption": caption})
+        image = os.path.relpath(picture, os.path.dirname(CAPTIONS_FILE))
+        rows.append({"id": Path(image).stem, "image": image, "caption": caption})
     write_json(path, rows)
     return len(rows)
 
