@@ -26,6 +26,21 @@ _FORMAT = "v1"
 """Part of every index file's name: a change of the format is a new index, not a misread one."""
 
 
+class RecordFault(Exception):
+    """What is wrong with one record of a file, before it is said where.
+
+    Attributes:
+        rule: What is wrong, the same words for every fault of a kind.
+        detail: This case.
+        advice: What to do.
+    """
+
+    def __init__(self, rule: str, *, detail: str, advice: str) -> None:
+        """Args as the attributes."""
+        super().__init__(f"{rule}: {detail}. {advice}")
+        self.rule, self.detail, self.advice = rule, detail, advice
+
+
 class JsonLines:
     """The objects of a JSONL file by row; blank lines are no rows.
 
@@ -79,17 +94,24 @@ class JsonLines:
         Raises:
             DataError: The line is not valid JSON or no object.
         """
+        try:
+            return self.parse(row)
+        except RecordFault as fault:
+            raise DataError(f"{self.where(row)}: {fault}") from None
+
+    def parse(self, row: int) -> dict[str, Any]:
+        """As `self[row]`, but a broken line is a RecordFault, for those who group faults."""
         if not -len(self) <= row < len(self):
             raise IndexError(f"{self.path}: row {row} of {len(self)}")
         line = self._bytes(int(self._starts[row]))
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{self.where(row)}: not valid JSON ({_one_line(error)}). Mend the line."
-            ) from None
+            raise RecordFault("not valid JSON", detail=_one_line(error), advice="Mend the line.") from None
         if not isinstance(value, dict):
-            raise DataError(f"{self.where(row)}: a {type(value).__name__}, not a JSON object. Mend the line.")
+            raise RecordFault(
+                "not a JSON object", detail=f"a {type(value).__name__}", advice="Mend the line."
+            )
         return value
 
     def line(self, row: int) -> int:
@@ -269,6 +291,10 @@ class Faults:
 
     def __init__(self) -> None:
         self._groups: dict[tuple[str, str], _Group] = {}
+
+    def add_record(self, path: str | os.PathLike, line: int | None, fault: RecordFault) -> None:
+        """Note what a reader raised."""
+        self.add(path, line, fault.rule, detail=fault.detail, advice=fault.advice)
 
     def add(self, path: str | os.PathLike, line: int | None, rule: str, *, detail: str, advice: str) -> None:
         """Note one fault.

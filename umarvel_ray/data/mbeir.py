@@ -1,5 +1,4 @@
-"""M-BEIR: its tasks, its files, their readers, the writers of the same formats, and a check that finds every
-fault.
+"""M-BEIR: its tasks, the readers and writers of its files, and a check that finds every fault in them.
 
 Under the root stand `query/{train,union_train,val,test}/`, `cand_pool/{local,global}/`,
 `qrels/{train,val,test}/`, `instructions/query_instructions.tsv` and the images, whose paths in the records
@@ -21,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from umarvel_ray.artifacts import atomic_write, file_fingerprint
-from umarvel_ray.data.lines import Faults, JsonLines
+from umarvel_ray.data.lines import Faults, JsonLines, RecordFault
 from umarvel_ray.data.records import Candidate, Query, modality_of
 from umarvel_ray.data.trec import Qrels, read_qrels
 from umarvel_ray.errors import DataError
@@ -133,14 +132,6 @@ def local_pool_name(task: Task, split: str) -> str:
     return f"{task.name}_{split}" if task.dataset == "mscoco" else task.name
 
 
-class _RecordFault(Exception):
-    """What is wrong with one record: the rule it breaks, this case, what to do."""
-
-    def __init__(self, rule: str, detail: str, advice: str) -> None:
-        super().__init__(f"{rule}: {detail}. {advice}")
-        self.rule, self.detail, self.advice = rule, detail, advice
-
-
 def _dataset_id(name: str) -> int | None:
     """The number before the colon of a qid or did; None where there is none."""
     number, colon, _ = name.partition(":")
@@ -148,8 +139,7 @@ def _dataset_id(name: str) -> int | None:
 
 
 def _read_modality(value: Any) -> str | None:
-    """As one of `MODALITIES`; the data set card spells "text,image", the files "image,text": both are
-    read."""
+    """As one of `MODALITIES`, None for other values; the data set card spells "image,text" the other way."""
     if not isinstance(value, str):
         return None
     parts = [part.strip() for part in value.split(",")]
@@ -160,22 +150,26 @@ def _read_modality(value: Any) -> str | None:
 
 def _check_name(field: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise _RecordFault(f"{field} is no name", f"{value!r}", 'Give each line a name such as "9:11".')
+        raise RecordFault(
+            f"{field} is no name", detail=f"{value!r}", advice='Name each line, such as "9:11".'
+        )
     return value
 
 
 def _check_text(field: str, value: Any, *, name: str) -> str | None:
     if value is not None and not isinstance(value, str):
         kind = type(value).__name__
-        raise _RecordFault(
-            f"{field} is neither text nor null", f"{name} has a {kind}", "Write a string or null."
+        raise RecordFault(
+            f"{field} is neither text nor null",
+            detail=f"{name} has a {kind}",
+            advice="Write a string or null.",
         )
     return value or None
 
 
 def _check_names(field: str, value: Any, *, name: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-        raise _RecordFault(f"{field} is no list of dids", name, 'Write a list such as ["9:83"].')
+        raise RecordFault(f"{field} is no list of dids", detail=name, advice='Write a list such as ["9:83"].')
     return tuple(value)
 
 
@@ -183,13 +177,13 @@ def _check_modality(field: str, value: Any, *, name: str, txt: str | None, img_p
     modality = _read_modality(value)
     if modality is None:
         advice = 'Write "text", "image" or "image,text".'
-        raise _RecordFault(f"{field} is no modality", f"{name} has {value!r}", advice)
+        raise RecordFault(f"{field} is no modality", detail=f"{name} has {value!r}", advice=advice)
     held = modality_of(txt, img_path)
     if modality != held:
-        raise _RecordFault(
+        raise RecordFault(
             f"{field} disagrees with the content",
-            f"{name} says {value!r} but holds {held or 'nothing'}",
-            "Correct the modality, or give the text and the image it names.",
+            detail=f"{name} says {value!r} but holds {held or 'nothing'}",
+            advice="Correct the modality, or give the text and the image it names.",
         )
 
 
@@ -212,10 +206,10 @@ def _read_query(record: dict[str, Any], root: Path, line: int) -> "QueryRecord":
     _check_modality("query_modality", record.get("query_modality"), name=qid, txt=txt, img_path=img_path)
     positives = _check_names("pos_cand_list", record.get("pos_cand_list"), name=qid)
     if not positives:
-        raise _RecordFault("pos_cand_list is empty", qid, "Give each query a positive, or remove it.")
+        raise RecordFault("pos_cand_list is empty", detail=qid, advice="Give it a positive, or remove it.")
     task_id = record.get("task_id")
     if not isinstance(task_id, int) or isinstance(task_id, bool):
-        raise _RecordFault("task_id is no number", f"{qid} has {task_id!r}", "Write one of 0-4, 6-8.")
+        raise RecordFault("task_id is no number", detail=f"{qid} has {task_id!r}", advice="Write 0-4 or 6-8.")
     return QueryRecord(
         query=Query(qid=qid, txt=txt, img_path=_join(root, img_path)),
         positives=positives,
@@ -292,7 +286,7 @@ class Pool:
         """
         try:
             return _read_candidate(self._lines[row], self.root)
-        except _RecordFault as fault:
+        except RecordFault as fault:
             raise DataError(f"{self._lines.where(row)}: {fault}") from None
 
     def where(self, row: int) -> str:
@@ -386,7 +380,7 @@ class QuerySet:
         """
         try:
             return _read_query(self._lines[row], self.root, self._lines.line(row))
-        except _RecordFault as fault:
+        except RecordFault as fault:
             raise DataError(f"{self._lines.where(row)}: {fault}") from None
 
     def where(self, row: int) -> str:
@@ -418,7 +412,7 @@ class QuerySet:
 def _string(record: dict[str, Any], field: str, *, where: Callable[[int], str], row: int) -> str:
     try:
         return _check_name(field, record.get(field))
-    except _RecordFault as fault:
+    except RecordFault as fault:
         raise DataError(f"{where(row)}: {fault}") from None
 
 
@@ -440,8 +434,10 @@ class Instructions:
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Instructions":
-        """Read a table: tab-separated, one header line; then query modality, candidate modality, data set
-        name, data set id, and the prompts. Empty prompt cells are no prompts.
+        """Read a tab-separated table with one header line.
+
+        Its columns: query modality, candidate modality, data set name, data set id, then the prompts; an
+        empty cell is no prompt.
 
         Raises:
             DataError: A line lacks a column, names no modality or repeats a key.
@@ -681,8 +677,8 @@ def _write_lines(path: str | os.PathLike, values: Iterable[dict[str, Any]]) -> N
             file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
-def image_fault(path: str, images: ImageCheck) -> tuple[str, str, str] | None:
-    """What is wrong with an image file, as (rule, detail, advice); None where nothing is.
+def image_fault(path: str, images: ImageCheck) -> RecordFault | None:
+    """What is wrong with an image file; None where nothing is.
 
     Args:
         path: The file.
@@ -692,15 +688,16 @@ def image_fault(path: str, images: ImageCheck) -> tuple[str, str, str] | None:
     if images == "none":
         return None
     if not os.path.isfile(path):
-        return "the image is missing", path, "Unpack the images there, or correct the path."
+        advice = "Unpack the images there, or correct the path."
+        return RecordFault("the image is missing", detail=path, advice=advice)
     if images == "exists":
         return None
     if (size := os.path.getsize(path)) > MAX_IMAGE_BYTES:
-        return "the image is too large", f"{path} has {size:,} bytes of {MAX_IMAGE_BYTES:,}", "Scale it down."
+        return _too_large(f"{path} has {size:,} bytes of {MAX_IMAGE_BYTES:,}")
     return _decode_fault(path)
 
 
-def _decode_fault(path: str) -> tuple[str, str, str] | None:
+def _decode_fault(path: str) -> RecordFault | None:
     import warnings
 
     from PIL import Image
@@ -711,15 +708,18 @@ def _decode_fault(path: str) -> tuple[str, str, str] | None:
             with Image.open(path) as image:
                 width, height = image.size
                 if width * height > MAX_IMAGE_PIXELS:
-                    detail = f"{path} has {width} x {height} pixels of {MAX_IMAGE_PIXELS:,} in all"
-                    return "the image is too large", detail, "Scale it down."
+                    return _too_large(f"{path} has {width} x {height} pixels of {MAX_IMAGE_PIXELS:,} in all")
                 image.load()
     except Image.DecompressionBombError:
-        return "the image is too large", f"{path} passes {MAX_IMAGE_PIXELS:,} pixels", "Scale it down."
+        return _too_large(f"{path} passes {MAX_IMAGE_PIXELS:,} pixels")
     except Exception as error:  # a broken file makes decoders raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        return "the image is broken", f"{path}: {reason}", "Copy the file again."
+        return RecordFault("the image is broken", detail=f"{path}: {reason}", advice="Copy the file again.")
     return None
+
+
+def _too_large(detail: str) -> RecordFault:
+    return RecordFault("the image is too large", detail=detail, advice="Scale it down.")
 
 
 def check_mbeir(
@@ -729,8 +729,7 @@ def check_mbeir(
     splits: Sequence[Literal["train", "val", "test"]] = ("val", "test"),
     images: ImageCheck = "exists",
 ) -> list[str]:
-    """Every fault of the files under `root`, one line each kind and file: where, what, the first case, how
-    many.
+    """Every fault of the files under `root`, grouped by file and kind.
 
     Args:
         root: M-BEIR's root.
@@ -847,8 +846,8 @@ class _Checker:
                     path, record.line, "a negative outside the pool", detail=detail, advice=advice
                 )
 
-    def _records(self, path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """(row, line, object) of each line that is one; the others are noted."""
+    def _records(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(line number, object) of each line that is one; the others are noted."""
         if not path.is_file():
             advice = f"Put M-BEIR's {path.relative_to(self._mbeir.root)} there."
             self.faults.add(path, None, "missing", detail="no such file", advice=advice)
@@ -857,26 +856,21 @@ class _Checker:
         if not len(lines):
             self.faults.add(path, None, "empty", detail="it has no line", advice="Copy the file again.")
         for row in range(len(lines)):
+            line = lines.line(row)
             try:
-                yield row, lines.line(row), lines[row]
-            except DataError as error:
-                detail = (
-                    str(error)
-                    .removeprefix(f"{lines.where(row)}: ")
-                    .removesuffix(" Mend the line.")
-                    .rstrip(".")
-                )
-                self.faults.add(
-                    path, lines.line(row), "not a JSON object", detail=detail, advice="Mend the line."
-                )
+                value = lines.parse(row)
+            except RecordFault as fault:
+                self.faults.add_record(path, line, fault)
+                continue
+            yield line, value
 
     def _queries(self, path: Path) -> Iterator[QueryRecord]:
         self._faulty_qids.clear()  # of the file last read; its qrels are not blamed for them
-        for _, line, value in self._records(path):
+        for line, value in self._records(path):
             try:
                 record = _read_query(value, self._mbeir.root, line)
-            except _RecordFault as fault:
-                self.faults.add(path, line, fault.rule, detail=fault.detail, advice=fault.advice)
+            except RecordFault as fault:
+                self.faults.add_record(path, line, fault)
                 self._faulty_qids.add(str(value.get("qid")))
                 continue
             self._check_image(path, line, record.query.img_path)
@@ -891,7 +885,7 @@ class _Checker:
 
     def _read_pool(self, path: Path, task: Task | None) -> _Dids | None:
         hashes, line_numbers = array("Q"), array("Q")
-        for _, line, value in self._records(path):
+        for line, value in self._records(path):
             did = value.get("did")
             if isinstance(did, str):
                 # A line with another fault still holds its did: its queries are not blamed as well.
@@ -899,8 +893,8 @@ class _Checker:
                 line_numbers.append(line)
             try:
                 candidate = _read_candidate(value, self._mbeir.root)
-            except _RecordFault as fault:
-                self.faults.add(path, line, fault.rule, detail=fault.detail, advice=fault.advice)
+            except RecordFault as fault:
+                self.faults.add_record(path, line, fault)
                 continue
             self._check_image(path, line, candidate.img_path)
             if task and candidate.modality != task.candidate_modality:
@@ -920,8 +914,7 @@ class _Checker:
 
     def _check_image(self, path: Path, line: int, img_path: str | None) -> None:
         if img_path and (fault := self._image_fault(img_path)):
-            rule, detail, advice = fault
-            self.faults.add(path, line, rule, detail=detail, advice=advice)
+            self.faults.add_record(path, line, fault)
 
     def _check_task(self, path: Path, record: QueryRecord, task: Task) -> None:
         query = record.query

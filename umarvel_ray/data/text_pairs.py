@@ -1,5 +1,4 @@
-"""Readers of the first training stages: NLI sentence pairs and image captions, as sized sequences of
-`TrainingPair`.
+"""Readers of the first training stages: NLI sentences and image captions, by row, as `TrainingPair`.
 
 No instruction stands in these: the recipe feeds both sides raw.
 """
@@ -12,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from umarvel_ray.artifacts import file_fingerprint
-from umarvel_ray.data.lines import Faults, JsonLines
+from umarvel_ray.data.lines import Faults, JsonLines, RecordFault
 from umarvel_ray.data.mbeir import ImageCheck, image_fault
 from umarvel_ray.data.records import Candidate, Query, TrainingPair
 from umarvel_ray.errors import DataError
@@ -191,18 +190,28 @@ class CaptionPairs:
             DataError: A JSONL line lacks image or caption, or no file under `image_root` has the image's
                 name.
         """
-        entry = self._entries[row]
-        if isinstance(entry, dict):
-            parsed = _parse_entry(entry)
-            if parsed is None:
-                raise DataError(f"{self.where(row)}: {_NO_PAIR}. {_GIVE_PAIR}")
-            entry = parsed
+        try:
+            return self.parse(row)
+        except RecordFault as fault:
+            raise DataError(f"{self.where(row)}: {fault}") from None
+
+    def parse(self, row: int) -> TrainingPair:
+        """As `self[row]`, but a broken entry is a RecordFault, for those who group faults."""
+        if isinstance(self._entries, JsonLines):
+            entry = _parse_entry(self._entries.parse(row))
+            if entry is None:
+                raise RecordFault(_NO_PAIR, detail="it has not both", advice=_GIVE_PAIR)
+        else:
+            entry = self._entries[row]
         image, caption = entry
         name = f"{self._name}:{row % len(self) + 1}"
         return TrainingPair(
-            query=Query(qid=name, txt=caption),
-            positive=Candidate(did=name, img_path=self._resolve(image, row)),
+            query=Query(qid=name, txt=caption), positive=Candidate(did=name, img_path=self._resolve(image))
         )
+
+    def line(self, row: int) -> int | None:
+        """The line number of `row` in a JSONL file, from 1; None in a JSON document."""
+        return self._entries.line(row) if isinstance(self._entries, JsonLines) else None
 
     def where(self, row: int) -> str:
         """The place of `row`, for messages: `file:line`, or the entry's number in a JSON document."""
@@ -210,7 +219,7 @@ class CaptionPairs:
             return self._entries.where(row)
         return f"{self.path}: entry {row % len(self) + 1}"
 
-    def _resolve(self, image: str, row: int) -> str:
+    def _resolve(self, image: str) -> str:
         if self._image_root is None:
             return os.path.join(self.path.parent, image)
         # ".." is left out: a path of the file does not leave the root.
@@ -219,9 +228,10 @@ class CaptionPairs:
             path = os.path.join(self._image_root, *parts[start:])
             if os.path.isfile(path):
                 return path
-        raise DataError(
-            f"{self.where(row)}: no tail of {image!r} is a file under {self._image_root}. "
-            "Unpack the pictures there, or correct image_root."
+        raise RecordFault(
+            "the image is missing",
+            detail=f"no tail of {image!r} is a file under {self._image_root}",
+            advice="Unpack the pictures there, or correct image_root.",
         )
 
 
@@ -303,24 +313,22 @@ def _first_answer(conversations: Any) -> Any:
     return next(turns, {}).get("value")
 
 
-def check_pairs(pairs: PairSource, *, images: ImageCheck) -> list[str]:
-    """Every fault of a file of pairs that reading its rows shows, one line each kind: where, what, how many.
+def check_captions(pairs: CaptionPairs, *, images: ImageCheck) -> list[str]:
+    """Every fault of a caption file, grouped by kind.
 
     Args:
         pairs: The opened file.
         images: How far pictures are looked at.
+
+    Returns:
+        `file:line: fault: first case (how many). What to do.`; empty where all is well.
     """
     faults = Faults()
     for row in range(len(pairs)):
         try:
-            pair = pairs[row]
-        except DataError as error:
-            detail, _, advice = str(error).rstrip(".").rpartition(". ")
-            faults.add(pairs.path, None, "an entry cannot be read", detail=detail, advice=f"{advice}.")
-            continue
-        for record in (pair.query, pair.positive, *pair.negatives):
-            if record.img_path and (fault := image_fault(record.img_path, images)):
-                rule, detail, advice = fault
-                place = pairs.where(row).removeprefix(f"{pairs.path}").lstrip(": ")
-                faults.add(pairs.path, None, rule, detail=f"{detail} ({place})", advice=advice)
+            fault = image_fault(pairs.parse(row).positive.img_path or "", images)
+        except RecordFault as broken:
+            fault = broken
+        if fault:
+            faults.add_record(pairs.path, pairs.line(row), fault)
     return faults.report()

@@ -33,8 +33,9 @@ _log = logging.getLogger(__name__)
 
 
 def read_qrels(path: str | os.PathLike) -> Qrels:
-    """Read judgements of four or five fields (the fifth, M-BEIR's task id, is not kept); grades of 0 or less
-    mean not relevant and are left out.
+    """Read judgements of four or five fields; the fifth, M-BEIR's task id, is not kept.
+
+    A grade of 0 or less says "not relevant" and is left out, as every reader of these files does.
 
     Raises:
         DataError: The file is missing, a line has other fields, or a pair is judged twice with different
@@ -136,7 +137,7 @@ class Run:
 
     qids: list[str]
     dids: Sequence[Sequence[str]]
-    scores: Sequence[Any]
+    scores: Sequence[Any] | np.ndarray
 
     def __post_init__(self) -> None:
         """Raises DataError: lengths differ, a qid repeats, a score is NaN or above the one before it."""
@@ -229,8 +230,7 @@ class Run:
         if not len(self.qids) == len(self.dids) == len(self.scores):
             raise DataError(
                 f"a run of {len(self.qids)} queries has {len(self.dids)} lists of candidates and "
-                f"{len(self.scores)} of "
-                "scores. Give one of each per query."
+                f"{len(self.scores)} of scores. Give one of each per query."
             )
         if len(set(self.qids)) != len(self.qids):
             seen: set[str] = set()
@@ -242,37 +242,33 @@ class Run:
             row = odd[0]
             raise DataError(
                 f"{len(odd)} of {len(self.qids)} queries have other numbers of candidates than of scores "
-                "(first: "
-                f"{self.qids[row]}, {num_dids[row]} and {num_scores[row]}). Give each candidate one score."
+                f"(first: {self.qids[row]}, {num_dids[row]} and {num_scores[row]}). Give each candidate one "
+                "score."
             )
+        with_nan: list[int] = []
+        rising: list[int] = []
         first = 0
         for chunk in table.column("score").chunks:
-            self._validate_scores(chunk, self.qids[first : first + len(chunk)])
+            scores = chunk.flatten().to_numpy()
+            row_of_hit = np.repeat(np.arange(first, first + len(chunk)), np.diff(chunk.offsets.to_numpy()))
+            with_nan += np.unique(row_of_hit[np.isnan(scores)]).tolist()
+            rises = (scores[1:] > scores[:-1]) & (row_of_hit[1:] == row_of_hit[:-1])
+            rising += np.unique(row_of_hit[1:][rises]).tolist()
             first += len(chunk)
-
-    def _validate_scores(self, chunk: "pa.ListArray", qids: list[str]) -> None:
-        scores = chunk.flatten().to_numpy(zero_copy_only=False)
-        lengths = np.diff(chunk.offsets.to_numpy())
-        row_of_hit = np.repeat(np.arange(len(qids)), lengths)
-        if len(odd := np.flatnonzero(np.isnan(scores))):
-            rows = row_of_hit[odd]
+        if with_nan:
             raise DataError(
-                f"{len(odd)} scores are NaN, in {len(set(rows.tolist()))} of {len(qids)} queries (first: "
-                f"{qids[rows[0]]}). Look for embeddings that are not finite."
+                f"{len(with_nan)} of {len(self)} queries have scores that are NaN (first: "
+                f"{self.qids[with_nan[0]]}). Look for embeddings that are not finite."
             )
-        rising = (scores[1:] > scores[:-1]) & (row_of_hit[1:] == row_of_hit[:-1])
-        if len(odd := np.flatnonzero(rising)):
-            rows = row_of_hit[odd]
+        if rising:
             raise DataError(
-                f"{len(set(rows.tolist()))} of {len(qids)} queries have a score above the one before it "
-                "(first: "
-                f"{qids[rows[0]]}). Sort best first; distances must be negated."
+                f"{len(rising)} of {len(self)} queries have a score above the one before it (first: "
+                f"{self.qids[rising[0]]}). Sort best first; distances must be negated."
             )
 
 
 def import_trec(path: str | os.PathLike) -> Run:
-    """Read TREC's text form of six fields, or UniIR's of seven; the hits of a query are put in the order of
-    rank.
+    """Read TREC's text form of six fields, or UniIR's of seven; hits are put in the order of their ranks.
 
     The empty ranks that UniIR fills with candidate -1:9999999 are left out and counted in the log.
 
