@@ -1,0 +1,225 @@
+"""What is embedded, searched and reranked of M-BEIR, by name: query sets with their instructions, and pools.
+
+A source's name is that of its embedding store, so every job finds what another wrote.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from umarvel_ray.artifacts import fingerprint
+from umarvel_ray.data.mbeir import TASKS, Instructions, Mbeir, Pool, QueryRecord, QuerySet, Task, local_pool_name
+from umarvel_ray.data.records import Candidate, Query
+from umarvel_ray.errors import DataError
+
+InstructionChoice = Literal["first", "seeded"]
+_SHARED_POOLS = {"oven": "oven+infoseek", "infoseek": "oven+infoseek"}
+"""OVEN and InfoSeek answer from one Wikipedia."""
+
+
+def task_of(record: QueryRecord) -> Task:
+    """The task that a query line belongs to, by its data set and task id.
+
+    Raises:
+        DataError: No task has that pair.
+    """
+    dataset_id = record.query.qid.partition(":")[0]
+    for task in TASKS:
+        if str(task.dataset_id) == dataset_id and task.task_id == record.task_id:
+            return task
+    raise DataError(
+        f"query {record.query.qid}, line {record.line}: M-BEIR has no task {record.task_id} for data set {dataset_id}. "
+        "Mend qid or task_id."
+    )
+
+
+def with_instruction(
+    record: QueryRecord, instructions: Instructions, *, choice: InstructionChoice, seed: int
+) -> Query:
+    """The query with the task sentence of its data set, its modality and the modality it seeks."""
+    query = record.query
+    sentence = instructions.choose(
+        query.qid, query.modality, task_of(record).candidate_modality, choice=choice, seed=seed
+    )
+    return Query(qid=query.qid, txt=query.txt, img_path=query.img_path, instruction=sentence)
+
+
+@dataclass(frozen=True)
+class QuerySource:
+    """Queries of one task and split, instructions chosen.
+
+    Attributes:
+        name: `"queries/test/mscoco_task0"`.
+        task: Theirs.
+        root: M-BEIR's.
+        path: The file they stand in; a training file holds several tasks.
+        choice: Which of a row's prompts.
+        seed: Of a seeded choice.
+    """
+
+    name: str
+    task: Task
+    root: str
+    path: str
+    choice: InstructionChoice = "first"
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Query:
+        return with_instruction(self.record(row), self._instructions, choice=self.choice, seed=self.seed)
+
+    def record(self, row: int) -> QueryRecord:
+        """The query with its judgements, without instruction."""
+        return self._file[int(self._rows[row])]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the content: queries, and the prompts put before them."""
+        return fingerprint([self._file.fingerprint, self.task.name, self._instructions.fingerprint, self.choice, self.seed])
+
+    @cached_property
+    def _file(self) -> QuerySet:
+        return QuerySet(self.path, self.root)
+
+    @cached_property
+    def _instructions(self) -> Instructions:
+        return Mbeir(self.root).instructions()
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        mine = [row for row, record in enumerate(self._file) if record.task_id == self.task.task_id]
+        return np.array(mine, dtype=np.int64)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Travels as its settings; files are opened again where it arrives."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True)
+class PoolSource:
+    """Candidates of one pool, or of those in it that one modality and some data sets give.
+
+    Attributes:
+        name: `"pools/test/mscoco_task0_test"`.
+        root: M-BEIR's.
+        path: The pool file.
+        datasets: Ids of the data sets taken; empty for all.
+        modality: The modality taken; empty for all.
+    """
+
+    name: str
+    root: str
+    path: str
+    datasets: tuple[int, ...] = ()
+    modality: str = ""
+
+    def __len__(self) -> int:
+        return len(self._file) if self._rows is None else len(self._rows)
+
+    def __getitem__(self, row: int) -> Candidate:
+        return self._file.candidate(row if self._rows is None else int(self._rows[row]))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the content (not that of the images)."""
+        return fingerprint([self._file.fingerprint, self.datasets, self.modality])
+
+    @cached_property
+    def _file(self) -> Pool:
+        return Pool(self.path, self.root)
+
+    @cached_property
+    def _rows(self) -> np.ndarray | None:
+        if not self.datasets:
+            return None
+        wanted = {str(dataset) for dataset in self.datasets}
+        mine = [
+            row
+            for row, candidate in enumerate(self._file)
+            if candidate.did.partition(":")[0] in wanted and candidate.modality == self.modality
+        ]
+        return np.array(mine, dtype=np.int64)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Travels as its settings; files are opened again where it arrives."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+Source = QuerySource | PoolSource
+
+
+def training_tasks(mbeir: Mbeir) -> tuple[Task, ...]:
+    """Tasks that the training files hold, in the order of `TASKS`."""
+    datasets = set(mbeir.training_datasets())
+    present = {
+        (record.query.qid.partition(":")[0], record.task_id)
+        for dataset in datasets
+        for record in mbeir.training_queries(dataset)
+    }
+    return tuple(task for task in TASKS if (str(task.dataset_id), task.task_id) in present)
+
+
+def tasks_of_split(mbeir: Mbeir, split: str) -> tuple[Task, ...]:
+    """Tasks of train, val or test, in the order of `TASKS`."""
+    return training_tasks(mbeir) if split == "train" else mbeir.tasks(split)
+
+
+def query_source(mbeir: Mbeir, task: Task, split: str, *, choice: InstructionChoice = "first", seed: int = 0) -> QuerySource:
+    """The queries of a task."""
+    path = mbeir.training_queries_path(task.dataset) if split == "train" else mbeir.queries_path(task, split)
+    return QuerySource(
+        name=f"queries/{split}/{task.name}", task=task, root=str(mbeir.root), path=str(path), choice=choice, seed=seed
+    )
+
+
+def local_pool_source(mbeir: Mbeir, task: Task, split: str) -> PoolSource:
+    """The pool that a task searches by itself; in training, the candidates of its data set and target modality."""
+    root = str(mbeir.root)
+    if split != "train":
+        name = local_pool_name(task, split)
+        # Val and test share their pools, MSCOCO's apart: one store serves both.
+        return PoolSource(name=f"pools/{name}", root=root, path=str(mbeir.local_pool_path(task, split)))
+    family = _SHARED_POOLS.get(task.dataset, task.dataset)
+    datasets = {other.dataset_id for other in TASKS if _SHARED_POOLS.get(other.dataset, other.dataset) == family}
+    return PoolSource(
+        name=f"pools/train/{family}_{task.candidate_modality.replace(',', '+')}",
+        root=root,
+        path=str(mbeir.global_pool_path("train")),
+        datasets=tuple(sorted(datasets)),
+        modality=task.candidate_modality,
+    )
+
+
+def pool_sources(mbeir: Mbeir, split: str, tasks: Sequence[Task] | None = None) -> list[PoolSource]:
+    """All local pools of a split, each once; laid end to end they are its global pool."""
+    chosen = tasks_of_split(mbeir, split) if tasks is None else tasks
+    by_name = {source.name: source for source in (local_pool_source(mbeir, task, split) for task in chosen)}
+    return list(by_name.values())
+
+
+class RecordReader:
+    """Looks up queries and candidates by id over several sources of one root: the reranker's and the report's view."""
+
+    def __init__(self, pools: Sequence[PoolSource]) -> None:
+        self._pools = [Pool(path, root) for path, root in {(pool.path, pool.root): None for pool in pools}]
+
+    def candidate(self, did: str) -> Candidate:
+        """The candidate `did`.
+
+        Raises:
+            DataError: No pool has it.
+        """
+        for pool in self._pools:
+            if (row := pool.find(did)) is not None:
+                return pool.candidate(row)
+        names = ", ".join(Path(pool.path).name for pool in self._pools)
+        raise DataError(f"candidate {did}: in none of {len(self._pools)} pools ({names}). Use the pools of this run.")
+
+
+ContentKey = Hashable

@@ -1,0 +1,148 @@
+"""Training sets behind one face: sentence and caption pairs, and M-BEIR with mined lists or teacher scores.
+
+Which positive, which instruction and which negatives a visit shows follows from (seed, row, visit) alone.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from umarvel_ray.data.batches import TrainingItem
+from umarvel_ray.data.mbeir import Instructions, Mbeir, Pool, QueryRecord, QuerySet, content_key
+from umarvel_ray.data.records import Candidate, Query
+from umarvel_ray.data.sources import task_of
+from umarvel_ray.data.text_pairs import PairSource
+from umarvel_ray.data.trec import Run
+from umarvel_ray.errors import DataError
+
+
+class PairSet:
+    """Sentence or caption pairs, one positive each."""
+
+    def __init__(self, pairs: PairSource) -> None:
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def item(self, row: int, *, visit: int) -> TrainingItem:
+        """See `TrainingSet.item`; pairs look the same at each visit."""
+        pair = self._pairs[row]
+        return TrainingItem(
+            query=pair.query,
+            positive=pair.positive,
+            others=pair.negatives,
+            scores=None,
+            relevant=frozenset([self.content_key(pair.positive)]),
+        )
+
+    def content_key(self, candidate: Candidate) -> Hashable:
+        """See `TrainingSet.content_key`."""
+        return _cached_key(candidate)
+
+
+class MbeirSet:
+    """M-BEIR's training queries, all tasks mixed.
+
+    Args:
+        mbeir: The data.
+        seed: Of positives, instructions and samples.
+        lists: For each query its mined negatives, or the candidates that a teacher scored; queries without a list
+            are left out. None for in-batch negatives only.
+        num_others: Of a list, how many a visit shows: the first ones; None for all.
+        with_scores: Whether the lists' scores are a teacher's.
+        drop_positives: Leave listed positives, by did and by content, out of the lists.
+        datasets: Train on these only; None for all. Table 15 holds tasks out.
+    """
+
+    def __init__(
+        self,
+        mbeir: Mbeir,
+        *,
+        seed: int,
+        lists: Run | None = None,
+        num_others: int | None = None,
+        with_scores: bool = False,
+        drop_positives: bool = False,
+        tasks: Sequence[str] | None = None,
+    ) -> None:
+        self._queries: QuerySet = mbeir.union_training_queries()
+        self._pool: Pool = mbeir.global_pool("train")
+        self._instructions: Instructions = mbeir.instructions()
+        self._seed = seed
+        self._lists = lists
+        self._num_others = num_others
+        self._with_scores = with_scores
+        self._drop_positives = drop_positives
+        self._tasks = None if tasks is None else set(tasks)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @cached_property
+    def _list_row(self) -> Mapping[str, int]:
+        return {} if self._lists is None else {qid: row for row, qid in enumerate(self._lists.qids)}
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        rows = [
+            row
+            for row, record in enumerate(self._queries)
+            if (self._lists is None or record.query.qid in self._list_row)
+            and (self._tasks is None or task_of(record).name in self._tasks)
+        ]
+        if not rows:
+            raise DataError(
+                f"{self._queries.path}: none of {len(self._queries)} training queries has a list or a wanted task. "
+                "Mine for the same training file."
+            )
+        return np.array(rows, dtype=np.int64)
+
+    def item(self, row: int, *, visit: int) -> TrainingItem:
+        """See `TrainingSet.item`."""
+        record = self._queries[int(self._rows[row])]
+        rng = np.random.default_rng([self._seed, row, visit])
+        positive = self._pool.get(record.positives[int(rng.integers(len(record.positives)))])
+        relevant = frozenset(self.content_key(self._pool.get(did)) for did in record.positives)
+        others, scores = self._others(record, relevant)
+        return TrainingItem(
+            query=self._query(record, rng),
+            positive=positive,
+            others=others,
+            scores=scores,
+            relevant=relevant,
+        )
+
+    def _query(self, record: QueryRecord, rng: np.random.Generator) -> Query:
+        query = record.query
+        dataset_id = int(query.qid.partition(":")[0])
+        prompts = self._instructions.prompts(dataset_id, query.modality, task_of(record).candidate_modality)
+        chosen = prompts[int(rng.integers(len(prompts)))]
+        return Query(qid=query.qid, txt=query.txt, img_path=query.img_path, instruction=chosen)
+
+    def _others(
+        self, record: QueryRecord, relevant: frozenset[Hashable]
+    ) -> tuple[tuple[Candidate, ...], tuple[float, ...] | None]:
+        if self._lists is None:
+            return (), None
+        place = self._list_row[record.query.qid]
+        hits = list(zip(self._lists.dids[place], self._lists.scores[place], strict=True))
+        chosen: list[tuple[Candidate, float]] = []
+        for did, score in hits:
+            if self._num_others is not None and len(chosen) == self._num_others:
+                break
+            candidate = self._pool.get(did)
+            if not (self._drop_positives and self.content_key(candidate) in relevant):
+                chosen.append((candidate, float(score)))
+        others = tuple(candidate for candidate, _ in chosen)
+        return others, tuple(score for _, score in chosen) if self._with_scores else None
+
+    def content_key(self, candidate: Candidate) -> Hashable:
+        """See `TrainingSet.content_key`."""
+        return _cached_key(candidate)
+
+
+@lru_cache(maxsize=1 << 18)
+def _cached_key(candidate: Candidate) -> bytes:
+    return content_key(candidate)

@@ -1,0 +1,154 @@
+"""The embedder: a decoder-only multimodal model, bidirectional, mean-pooled without the instruction's tokens.
+
+N items, D width.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from umarvel_ray.artifacts import write_json
+from umarvel_ray.config import build_config
+from umarvel_ray.data.records import Candidate, Query
+from umarvel_ray.errors import CheckpointError
+from umarvel_ray.model.attention import PackedLayout
+from umarvel_ray.model.backbone import (
+    DTYPES,
+    DtypeName,
+    LoraSettings,
+    add_tokens,
+    hidden_states,
+    load_backbone,
+    merge_lora,
+    read_settings_file,
+    save_backbone,
+    set_trainable,
+)
+from umarvel_ray.model.inputs import ADDED_TOKENS, EncoderInputs, EncoderSettings, InputBuilder, Item, micro_batches
+from umarvel_ray.model.pooling import mean_pool
+
+SETTINGS_FILE = "embedding.json"
+INITIAL_TEMPERATURE = 0.05
+
+
+class Encoder(nn.Module):
+    """Queries and candidates of any modality → unit-norm vectors.
+
+    Attributes:
+        settings: What decides an embedding, besides the weights.
+        temperature: τ, a float32 scalar; it travels with the weights because training goes on from it.
+        builder: Record → `Item`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: EncoderSettings, *, temperature: float, source: str) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings
+        self.source = source
+        self.temperature = nn.Parameter(torch.tensor(temperature, dtype=torch.float32), requires_grad=False)
+        self._tokenizer = tokenizer
+        self.builder = InputBuilder(tokenizer, settings)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        settings: EncoderSettings | None = None,
+        device: str | torch.device = "cpu",
+        dtype: DtypeName = "float32",
+    ) -> "Encoder":
+        """Load a stock backbone or a checkpoint of ours.
+
+        Args:
+            path: A Transformers folder or hub id.
+            settings: For a stock backbone. A checkpoint brings its own, and refuses others.
+
+        Raises:
+            CheckpointError: Nothing loadable there, or it was made with other settings than `settings`.
+        """
+        path = str(path)
+        stored = read_settings_file(Path(path) / SETTINGS_FILE)
+        if stored:
+            made_with = build_config(stored["settings"], EncoderSettings, where=f"{path}/{SETTINGS_FILE}")
+            if settings is not None and settings != made_with:
+                name = next(n for n in EncoderSettings.model_fields if getattr(settings, n) != getattr(made_with, n))
+                raise CheckpointError(
+                    f"{path}: made with {name}={getattr(made_with, name)!r}, asked for {getattr(settings, name)!r}. "
+                    "Leave the setting out, or start from the backbone."
+                )
+            settings = made_with
+        model, tokenizer = load_backbone(path, DTYPES[dtype])
+        add_tokens(model, tokenizer, ADDED_TOKENS)
+        encoder = cls(
+            model,
+            tokenizer,
+            settings or EncoderSettings(),
+            temperature=stored.get("temperature", INITIAL_TEMPERATURE),
+            source=path,
+        )
+        return encoder.requires_grad_(False).eval().to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.temperature.device
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.model.config.get_text_config().hidden_size
+
+    def cache_inputs(self, num_bytes: int) -> None:
+        """Keep up to `num_bytes` of prepared records in memory."""
+        self.builder = InputBuilder(self._tokenizer, self.settings, cache_bytes=num_bytes)
+
+    def forward(self, inputs: EncoderInputs) -> Tensor:
+        """Embed a packed micro-batch: (N, D) float32, unit norm. No row depends on its batch mates."""
+        inputs = inputs.to(self.device)
+        causal = self.settings.attention == "causal"
+        layout = PackedLayout.of_lengths(inputs.lengths_N, causal=causal, device=self.device)
+        hidden_TD = hidden_states(self.model, inputs, layout)
+        return mean_pool(hidden_TD, inputs.pooled_T, inputs.lengths_N)
+
+    @torch.inference_mode()
+    def embed_items(self, items: Sequence[Item], *, max_tokens: int = 8192) -> Tensor:
+        """Embed prepared records: (N, D) float32 on the CPU, in their order.
+
+        Args:
+            items: From `builder`.
+            max_tokens: Token budget of a micro-batch.
+        """
+        embedding_ND = torch.empty(len(items), self.dim)
+        for batch in micro_batches([item.num_tokens for item in items], max_tokens):
+            embedding_ND[batch] = self(self.builder.pack([items[index] for index in batch])).cpu()
+        return embedding_ND
+
+    def embed_queries(self, queries: Iterable[Query], *, max_tokens: int = 8192) -> np.ndarray:
+        """(Q, D) float32, unit norm."""
+        return self._embed(queries, max_tokens)
+
+    def embed_candidates(self, candidates: Iterable[Candidate], *, max_tokens: int = 8192) -> np.ndarray:
+        """(C, D) float32, unit norm."""
+        return self._embed(candidates, max_tokens)
+
+    def _embed(self, records: Iterable[Query | Candidate], max_tokens: int) -> np.ndarray:
+        return self.embed_items([self.builder.build(record) for record in records], max_tokens=max_tokens).numpy()
+
+    def set_trainable(self, trainable: Any, lora: LoraSettings, *, learn_temperature: bool) -> None:
+        """Choose what trains: adapters on the decoder, or everything; and whether τ does."""
+        self.model = set_trainable(self.model, trainable, lora)
+        self.temperature.requires_grad_(learn_temperature)
+
+    def save(self, folder: Path) -> None:
+        """Write a standard Transformers folder with adapters merged in, and `embedding.json` beside the weights."""
+        self.model = merge_lora(self.model)
+        save_backbone(self.model, self._tokenizer, self.source, folder)
+        write_json(
+            folder / SETTINGS_FILE,
+            {"settings": self.settings.model_dump(), "temperature": self.temperature.item()},
+        )

@@ -1,0 +1,300 @@
+"""The pointwise reranker: a causal model that answers Yes or No to (query, candidate); its score is P(Yes).
+
+All candidates of a query form one tree: what they share stands once, and each candidate behind it sees that prefix and
+itself. One pass, the last position of each candidate, two rows of the LM head. T tokens, B trees, L leaves in all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from umarvel_ray.artifacts import write_json
+from umarvel_ray.config import Config, build_config
+from umarvel_ray.data.records import Candidate, Query
+from umarvel_ray.errors import CheckpointError
+from umarvel_ray.model.attention import Block, PackedLayout
+from umarvel_ray.model.backbone import (
+    DTYPES,
+    DtypeName,
+    LoraSettings,
+    hidden_states,
+    load_backbone,
+    merge_lora,
+    read_settings_file,
+    save_backbone,
+    set_trainable,
+)
+from umarvel_ray.model.images import ImageSettings, load_patches
+from umarvel_ray.model.inputs import ChatTemplate, EncoderInputs, clean, micro_batches, mrope_positions
+
+SETTINGS_FILE = "reranker.json"
+_PROMPTS = {
+    "plain": (
+        "I will provide you with a query and a candidate. Please evaluate whether the candidate meets the requirements "
+        "of the query. If it does, respond with 'Yes'; if it doesn't, respond with 'No'."
+    ),
+    "authors": (
+        "I will provide you with a query and a candidate. Please evaluate whether the candidate"
+        + " " * 24
+        + " meets the requirements of the query. If it does, respond with 'Yes'; if it doesn't, responed with 'No'."
+    ),
+}
+
+
+class RerankerSettings(Config):
+    """Everything that decides a score, besides the weights; stored as `reranker.json` with every checkpoint."""
+
+    prompt: Literal["plain", "authors"] = "plain"
+    """`authors` reproduces their literal, spaces and typing error included, for their checkpoint."""
+    images: ImageSettings = ImageSettings()
+    max_text_tokens: PositiveInt = 256
+    """Tokens of a query (instruction included) or candidate text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A query and its candidates, ready to be packed.
+
+    Attributes:
+        ids: int32 (T,), the shared prefix, then each candidate's own tokens.
+        positions: int64 (3, T), restarted for each candidate where the prefix ends.
+        leaf: int32 (T,), 0 in the prefix, 1 … in the candidates.
+        decisive: int64, for each candidate the token whose successor is the answer.
+        patches: uint8 (P, 588) of all images in token order, or None.
+        grids: (height, width) of each image in patches.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    leaf: np.ndarray
+    decisive: np.ndarray
+    patches: np.ndarray | None
+    grids: tuple[tuple[int, int], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.ids)
+
+
+class TreeBuilder:
+    """(query, candidates) → `Tree`."""
+
+    def __init__(self, tokenizer: Any, settings: RerankerSettings) -> None:
+        self.settings = settings
+        self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer, answer="Yes")
+        before_answer, self._closing = self._template.tail.rsplit("Yes", 1)
+        self._after = self._encode(before_answer)
+        self.answer_ids = {True: self._one_id("Yes"), False: self._one_id("No")}
+        # A query's image stands in every one of its pairs, and neighbours share candidates.
+        self._image = lru_cache(maxsize=2048)(lambda path: load_patches(path, settings.images))
+
+    def build(self, query: Query, candidates: Sequence[Candidate], answers: Sequence[bool] | None = None) -> Tree:
+        """Tokenize each pair whole, then share the longest common prefix of tokens.
+
+        Args:
+            query: With its instruction.
+            candidates: At least one.
+            answers: For training: each candidate's answer is appended, with the tokens that close the turn.
+        """
+        rows = [self._pair(query, candidate) for candidate in candidates]
+        shared = _common_prefix([ids for ids, _ in rows])
+        merge = self.settings.images.merge_size
+        image_token = self._template.image_token
+        query_patches = [self._image(query.img_path)] if query.img_path else []
+        prefix = rows[0][0][:shared]
+        query_grids = [grid for _, grid in query_patches]
+        prefix_positions = mrope_positions(
+            np.array(prefix), query_grids, image_token=image_token, merge_size=merge
+        )
+        restart = int(prefix_positions.max()) + 1 if shared else 0
+        ids, positions, leaf = [np.array(prefix, dtype=np.int32)], [prefix_positions], [np.zeros(shared, dtype=np.int32)]
+        images, decisive, place = list(query_patches), [], shared
+        for number, (row, candidate_images) in enumerate(rows, start=1):
+            own = row[shared:]
+            decisive.append(place + len(own) - 1)
+            if answers is not None:
+                own = [*own, self.answer_ids[answers[number - 1]], *self._encode(self._closing)]
+            tokens = np.array(own, dtype=np.int32)
+            grids = [grid for _, grid in candidate_images]
+            ids.append(tokens)
+            positions.append(
+                mrope_positions(tokens, grids, image_token=image_token, merge_size=merge, start=restart)
+            )
+            leaf.append(np.full(len(own), number, dtype=np.int32))
+            images += candidate_images
+            place += len(own)
+        return Tree(
+            ids=np.concatenate(ids),
+            positions=np.concatenate(positions, axis=1),
+            leaf=np.concatenate(leaf),
+            decisive=np.array(decisive),
+            patches=np.concatenate([patches for patches, _ in images]) if images else None,
+            grids=tuple(grid for _, grid in images),
+        )
+
+    def _pair(self, query: Query, candidate: Candidate) -> tuple[list[int], list[tuple[np.ndarray, tuple[int, int]]]]:
+        """Tokens of one pair up to where the answer begins, and the candidate's image."""
+        words = self._cut(clean(f"{clean(query.instruction or '')} {query.txt or ''}"))
+        images: list[tuple[np.ndarray, tuple[int, int]]] = []
+        ids = list(self._template.before)
+        text = f"{_PROMPTS[self.settings.prompt]}Query:"
+        if query.img_path:
+            ids += [*self._encode(text), *self._image_ids(self._image(query.img_path)[1])]
+            text = ""
+        text += f"{words}Candidate:"
+        if candidate.img_path:
+            image = self._image(candidate.img_path)
+            images.append(image)
+            ids += [*self._encode(text), *self._image_ids(image[1])]
+            text = ""
+        text += self._cut(clean(candidate.txt or ""))
+        return [*ids, *self._encode(text), *self._after], images
+
+    def _image_ids(self, grid: tuple[int, int]) -> list[int]:
+        template = self._template
+        num = grid[0] * grid[1] // self.settings.images.merge_size**2
+        return [*template.image_start, *[template.image_token] * num, *template.image_end]
+
+    def _cut(self, text: str) -> str:
+        ids = self._encode(text)
+        return text if len(ids) <= self.settings.max_text_tokens else self._tokenizer.decode(ids[: self.settings.max_text_tokens])
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def _one_id(self, word: str) -> int:
+        ids = self._encode(word)
+        if len(ids) != 1:
+            raise CheckpointError(f"the tokenizer cuts {word!r} into {len(ids)} tokens; a score needs one. Use a Qwen tokenizer.")
+        return ids[0]
+
+
+def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """Tokens that all rows share at their head; at least one token of each row is left over."""
+    shortest = min(map(len, rows)) - 1
+    first, last = min(rows), max(rows)  # in lexical order, all others lie between them
+    return next((i for i in range(shortest) if first[i] != last[i]), shortest)
+
+
+def pack_trees(trees: Sequence[Tree], *, device: torch.device) -> tuple[EncoderInputs, PackedLayout]:
+    """Lay trees end to end, and tell attention who sees whom."""
+    lengths = [tree.num_tokens for tree in trees]
+    longest = max(lengths)
+    index_BL = np.zeros((len(trees), longest), dtype=np.int64)
+    leaf_BL = np.full((len(trees), longest), -1, dtype=np.int32)
+    start = 0
+    for row, tree in enumerate(trees):
+        index_BL[row] = start
+        index_BL[row, : tree.num_tokens] = np.arange(start, start + tree.num_tokens)
+        leaf_BL[row, : tree.num_tokens] = tree.leaf
+        start += tree.num_tokens
+    leaf = torch.from_numpy(leaf_BL).to(device)
+    back = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
+    sees = ((leaf[:, None, :] == 0) | (leaf[:, None, :] == leaf[:, :, None])) & back
+    real = torch.from_numpy((leaf_BL >= 0).ravel())
+    block = Block(index_BL=torch.from_numpy(index_BL).to(device), mask=sees[:, None], causal=False)
+    layout = PackedLayout(blocks=(block,), restore_T=torch.nonzero(real).squeeze(1).to(device))
+    patches = [tree.patches for tree in trees if tree.patches is not None]
+    inputs = EncoderInputs(
+        ids_T=torch.from_numpy(np.concatenate([tree.ids for tree in trees]).astype(np.int64)),
+        positions_3T=torch.from_numpy(np.concatenate([tree.positions for tree in trees], axis=1)),
+        pooled_T=torch.ones(sum(lengths), dtype=torch.bool),
+        lengths_N=tuple(lengths),
+        patches_P=torch.from_numpy(np.concatenate(patches)) if patches else None,
+        grids_M=tuple(grid for tree in trees for grid in tree.grids),
+    )
+    return inputs.to(device), layout
+
+
+class Reranker(nn.Module):
+    """(query, candidates) → P(Yes) of each.
+
+    Attributes:
+        settings: What decides a score, besides the weights.
+        builder: (query, candidates) → `Tree`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: RerankerSettings, *, source: str) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings
+        self.source = source
+        self._tokenizer = tokenizer
+        self.builder = TreeBuilder(tokenizer, settings)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        settings: RerankerSettings | None = None,
+        device: str | torch.device = "cpu",
+        dtype: DtypeName = "float32",
+    ) -> "Reranker":
+        """Load a stock backbone or a reranker of ours.
+
+        Raises:
+            CheckpointError: Nothing loadable there, or Yes and No are not single tokens.
+        """
+        path = str(path)
+        stored = read_settings_file(Path(path) / SETTINGS_FILE)
+        if stored and settings is None:
+            settings = build_config(stored["settings"], RerankerSettings, where=f"{path}/{SETTINGS_FILE}")
+        model, tokenizer = load_backbone(path, DTYPES[dtype])
+        reranker = cls(model, tokenizer, settings or RerankerSettings(), source=path)
+        return reranker.requires_grad_(False).eval().to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def hidden(self, trees: Sequence[Tree]) -> Tensor:
+        """Final hidden states (T, D) of packed trees."""
+        inputs, layout = pack_trees(trees, device=self.device)
+        return hidden_states(self.model, inputs, layout)
+
+    def head_rows(self, ids: Sequence[int]) -> Tensor:
+        """Rows of the LM head."""
+        return self.model.get_output_embeddings().weight[list(ids)]
+
+    @torch.inference_mode()
+    def score_many(
+        self, lists: Sequence[tuple[Query, Sequence[Candidate]]], *, max_tokens: int = 8192
+    ) -> list[np.ndarray]:
+        """P(Yes) of each candidate of each query, float32, in the order given."""
+        trees = [self.builder.build(query, candidates) for query, candidates in lists]
+        rows = self.head_rows([self.builder.answer_ids[True], self.builder.answer_ids[False]]).float()
+        scores: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(trees)
+        for batch in micro_batches([tree.num_tokens for tree in trees], max_tokens):
+            hidden_TD = self.hidden([trees[index] for index in batch])
+            start = 0
+            for index in batch:
+                decisive = torch.from_numpy(trees[index].decisive + start).to(self.device)
+                yes_no = hidden_TD[decisive].float() @ rows.T
+                scores[index] = yes_no.softmax(1)[:, 0].cpu().numpy()
+                start += trees[index].num_tokens
+        return scores
+
+    def score(self, query: Query, candidates: Sequence[Candidate]) -> np.ndarray:
+        """P(Yes) of each candidate, float32."""
+        return self.score_many([(query, candidates)])[0]
+
+    def set_trainable(self, trainable: Any, lora: LoraSettings) -> None:
+        """Choose what trains: adapters on the decoder, or everything."""
+        self.model = set_trainable(self.model, trainable, lora)
+
+    def save(self, folder: Path) -> None:
+        """Write a standard Transformers folder with adapters merged in, and `reranker.json` beside the weights."""
+        self.model = merge_lora(self.model)
+        save_backbone(self.model, self._tokenizer, self.source, folder)
+        write_json(folder / SETTINGS_FILE, {"settings": self.settings.model_dump()})

@@ -1,0 +1,166 @@
+"""Records → embedding shards: what is still missing, and one shard of it."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from umarvel_ray.artifacts import fingerprint, read_json
+from umarvel_ray.config import Config, PathSetting
+from umarvel_ray.data.mbeir import Mbeir, Task
+from umarvel_ray.data.sources import InstructionChoice, Source, pool_sources, query_source, tasks_of_split
+from umarvel_ray.errors import ConfigError
+from umarvel_ray.model.backbone import DtypeName
+from umarvel_ray.model.encoder import SETTINGS_FILE, Encoder
+from umarvel_ray.retrieve.store import ShardRange, finish_store, finished_shards, plan_shards, write_shard
+
+
+class EmbedConfig(Config):
+    """Settings of one embedding job."""
+
+    checkpoint: PathSetting
+    output: PathSetting
+    root: PathSetting
+    """M-BEIR's."""
+    splits: tuple[Literal["train", "val", "test"], ...] = ("test",)
+    tasks: tuple[str, ...] | None = None
+    """Tasks by name; all that the split has by default."""
+    instruction: InstructionChoice = "first"
+    seed: NonNegativeInt = 0
+    """Of a seeded instruction choice."""
+    rows_per_shard: PositiveInt = 8192
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Of the stored vectors."""
+    compute_dtype: DtypeName = "float32"
+    max_tokens: PositiveInt = 8192
+    """Token budget of a micro-batch."""
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard still to be written."""
+
+    source: Source
+    shard: ShardRange
+    folder: Path
+    fingerprint: str
+    dtype: Literal["float16", "bfloat16", "float32"]
+    max_tokens: int
+
+
+def chosen_tasks(mbeir: Mbeir, split: str, names: tuple[str, ...] | None) -> tuple[Task, ...]:
+    """Tasks of a split, those named or all.
+
+    Raises:
+        ConfigError: A named task has no file there, or there is none at all.
+    """
+    present = tasks_of_split(mbeir, split)
+    if not present:
+        raise ConfigError(f"{mbeir.root}: no task of M-BEIR has a {split} file there. Check root and split.")
+    if names is None:
+        return present
+    if missing := [name for name in names if name not in {task.name for task in present}]:
+        raise ConfigError(
+            f"{mbeir.root}: {len(missing)} of {len(names)} tasks have no {split} file (first: {missing[0]}). "
+            f"There are: {', '.join(task.name for task in present)}."
+        )
+    return tuple(task for task in present if task.name in names)
+
+
+def embedding_sources(config: EmbedConfig) -> list[Source]:
+    """Query sets and pools to embed, each once; a store is named like its source."""
+    mbeir = Mbeir(config.root)
+    sources: dict[str, Source] = {}
+    for split in config.splits:
+        tasks = chosen_tasks(mbeir, split, config.tasks)
+        queries = [query_source(mbeir, task, split, choice=config.instruction, seed=config.seed) for task in tasks]
+        sources |= {source.name: source for source in (*queries, *pool_sources(mbeir, split, tasks))}
+    return list(sources.values())
+
+
+def content_settings(config: EmbedConfig, source: Source) -> dict[str, Any]:
+    """Everything that decides a store's content."""
+    return {
+        "checkpoint": checkpoint_fingerprint(config.checkpoint),
+        "source": source.fingerprint,
+        "name": source.name,
+        "rows_per_shard": config.rows_per_shard,
+        "dtype": config.dtype,
+        "compute_dtype": config.compute_dtype,
+    }
+
+
+def checkpoint_fingerprint(path: str) -> str:
+    """Names a checkpoint by its settings and the size and head of its weights, without reading gigabytes."""
+    folder = Path(path)
+    parts: list[Any] = [read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).exists() else path]
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as handle:
+            head = handle.read(1 << 20)
+            handle.seek(max(0, file.stat().st_size - (1 << 20)))
+            parts.append([file.name, file.stat().st_size, fingerprint([head.hex(), handle.read().hex()])])
+    return fingerprint(parts)
+
+
+def missing_shards(config: EmbedConfig) -> tuple[list[ShardTask], int]:
+    """Shards still to be written, dearest sources first, and how many rows are done already."""
+    tasks, rows_done = [], 0
+    for source in embedding_sources(config):
+        folder = Path(config.output) / source.name
+        plan = plan_shards(len(source), config.rows_per_shard)
+        name = fingerprint(content_settings(config, source))
+        done = finished_shards(folder, plan, name)
+        for shard in plan:
+            if shard.index in done:
+                rows_done += len(shard)
+            else:
+                tasks.append(ShardTask(source, shard, folder, name, config.dtype, config.max_tokens))
+    return tasks, rows_done
+
+
+def embed_shard(encoder: Encoder, task: ShardTask) -> dict[str, Any]:
+    """Write one shard; the same task gives the same file.
+
+    Returns:
+        Counts for the progress bar and the summary.
+    """
+    started = time.perf_counter()
+    records = [task.source[row] for row in range(task.shard.start, task.shard.stop)]
+    items = [encoder.builder.build(record) for record in records]
+    vectors_ND = encoder.embed_items(items, max_tokens=task.max_tokens).numpy()
+    ids = [record.qid if hasattr(record, "qid") else record.did for record in records]  # type: ignore[union-attr]
+    write_shard(task.folder, task.shard, ids, vectors_ND, dtype=task.dtype, fingerprint=task.fingerprint)
+    return {
+        "rows": len(records),
+        "tokens": sum(item.num_tokens for item in items),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def finish_stores(config: EmbedConfig) -> None:
+    """Write each store's manifest, once all its shards are there."""
+    for source in embedding_sources(config):
+        settings = content_settings(config, source)
+        folder = Path(config.output) / source.name
+        finish_store(
+            folder,
+            plan_shards(len(source), config.rows_per_shard),
+            fingerprint=fingerprint(settings),
+            settings=settings,
+        )
+
+
+class EmbeddingWorker:
+    """One encoder; writes one embedding shard a call."""
+
+    def __init__(self, config: EmbedConfig) -> None:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._encoder = Encoder.load(config.checkpoint, device=device, dtype=config.compute_dtype)
+
+    def __call__(self, task: ShardTask) -> dict[str, Any]:
+        """See `embed_shard`."""
+        return embed_shard(self._encoder, task)

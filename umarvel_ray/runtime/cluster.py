@@ -1,0 +1,101 @@
+"""Connect to Ray, and refuse early what cannot be placed."""
+
+import logging
+import os
+from typing import Literal
+
+from pydantic import NonNegativeFloat, PositiveInt
+
+from umarvel_ray.config import Config
+from umarvel_ray.errors import ResourceError
+
+_MIN_LOGICAL_CPUS = 8
+"""On fewer, an actor pool and its reader wait for each other's CPU for ever; logical CPUs cost nothing."""
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Defaults; what the user set stays."""
+
+
+class RuntimeSettings(Config):
+    """Who does the work."""
+
+    kind: Literal["ray", "local"] = "ray"
+    """`local` runs the same functions in this process, one after the other: breakpoints work, no cluster needed."""
+    num_workers: PositiveInt = 1
+    """Training workers; the lanes into which a step is cut. `local` plays them all."""
+    num_actors: PositiveInt = 1
+    """Actors that embed, search and rerank."""
+    cpus: PositiveInt = 1
+    """CPUs of one worker or actor."""
+    gpus: NonNegativeFloat = 0
+    """GPUs of one worker or actor; fractions let several share one."""
+    threads: PositiveInt = 1
+    """Threads of one worker or actor; part of what makes two runs equal to the last bit."""
+
+
+def prepare_environment() -> None:
+    """Set our defaults in this process's environment; workers inherit them."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def connect(settings: RuntimeSettings) -> None:
+    """Join the cluster that `RAY_ADDRESS` names (as in a submitted job), or start one on this machine.
+
+    Raises:
+        ResourceError: The cluster has fewer CPUs or GPUs than training or a pool needs at once.
+    """
+    if settings.kind == "local":
+        return
+    prepare_environment()
+    import ray
+
+    if not ray.is_initialized():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(logging_level=logging.ERROR)
+        else:
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nothing outside this machine can reach it
+            ray.init(
+                address="local",
+                num_cpus=max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    _require_room(settings, ray.cluster_resources())
+
+
+def _require_room(settings: RuntimeSettings, resources: dict[str, float]) -> None:
+    most = max(settings.num_workers, settings.num_actors)
+    for name, need in (("CPU", most * settings.cpus + 1), ("GPU", most * settings.gpus)):
+        have = resources.get(name, 0)
+        if need > have:
+            raise ResourceError(
+                f"the cluster has {have:g} {name}s, the run needs {need:g} at once: {settings.num_workers} workers or "
+                f"{settings.num_actors} actors of {settings.cpus} CPUs and {settings.gpus:g} GPUs, and one reader. "
+                "Lower runtime.num_workers and runtime.num_actors, or add nodes."
+            )
+
+
+def disconnect() -> None:
+    """Leave Ray; a cluster that this process started ends."""
+    import sys
+
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        sys.modules["ray"].shutdown()
+
+
+def use_threads(settings: RuntimeSettings) -> None:
+    """Bound this process's compute threads."""
+    import torch
+
+    torch.set_num_threads(settings.threads)

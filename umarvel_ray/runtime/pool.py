@@ -1,0 +1,67 @@
+"""A pool of workers over a list of tasks: Ray Data's actor pool, or one worker in this process.
+
+A worker is a class: state in `__init__`, one verb in `__call__`, small answers. Its work must be repeatable, since a
+task may run twice when an actor dies.
+"""
+
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from umarvel_ray.errors import UmarvelError
+from umarvel_ray.runtime.cluster import RuntimeSettings, use_threads
+
+MakeWorker = Callable[[], Callable[[Any], dict[str, Any]]]
+
+
+class _Shell:
+    """The actor: makes its worker once, hands it one task a call."""
+
+    def __init__(self, make_worker: MakeWorker, runtime: RuntimeSettings) -> None:
+        use_threads(runtime)
+        self._work = make_worker()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
+        answers = []
+        for task in batch["task"]:
+            try:
+                answers.append(pickle.dumps(self._work(pickle.loads(task))))
+            except UmarvelError as error:  # an answer, so that the user reads it without Ray's wrapping
+                answers.append(pickle.dumps(error))
+        return {"answer": answers}
+
+
+def run_pool(tasks: Sequence[Any], make_worker: MakeWorker, runtime: RuntimeSettings) -> Iterator[dict[str, Any]]:
+    """Work off `tasks`; yields each answer as it comes, in any order.
+
+    Raises:
+        UmarvelError: What a worker raised first.
+    """
+    if not tasks:
+        return
+    if runtime.kind == "local":
+        use_threads(runtime)
+        work = make_worker()
+        for task in tasks:
+            yield work(task)
+        return
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    DataContext.get_current().enable_progress_bars = False
+    size = min(runtime.num_actors, len(tasks))
+    dataset = ray.data.from_items(
+        [{"task": pickle.dumps(task)} for task in tasks], override_num_blocks=len(tasks)
+    ).map_batches(
+        _Shell,
+        fn_constructor_args=(make_worker, runtime),
+        batch_size=1,
+        compute=ActorPoolStrategy(size=size),
+        num_cpus=runtime.cpus,
+        num_gpus=runtime.gpus or None,
+    )
+    for row in dataset.iter_rows():
+        answer = pickle.loads(row["answer"])
+        if isinstance(answer, UmarvelError):
+            raise answer
+        yield answer

@@ -1,0 +1,112 @@
+"""One training stage under Ray Train, a lane a worker; or all lanes in this process."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from umarvel_ray.errors import TrainingError, UmarvelError
+from umarvel_ray.runtime.cluster import RuntimeSettings, use_threads
+from umarvel_ray.train.stage import StageConfig, train_stage
+
+OnStep = Callable[[dict[str, Any]], None]
+
+
+def run_stage(config: StageConfig, runtime: RuntimeSettings, on_step: OnStep = lambda entry: None) -> None:
+    """Train a stage to its end; calls `on_step` with each new line of its metrics."""
+    if runtime.kind == "local":
+        from umarvel_ray.train.gather import Lanes
+
+        use_threads(runtime)
+        train_stage(config, Lanes(runtime.num_workers), on_step)
+        return
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    workers = ScalingConfig(
+        num_workers=runtime.num_workers,
+        use_gpu=runtime.gpus > 0,
+        resources_per_worker={"CPU": runtime.cpus, **({"GPU": runtime.gpus} if runtime.gpus else {})},
+    )
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.model_dump(), "runtime": runtime.model_dump()},
+        scaling_config=workers,
+        torch_config=TorchConfig(backend="nccl" if runtime.gpus else "gloo"),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(Path(config.output).resolve() / "ray"),
+            # A worker that dies starts again from the newest state in the output folder.
+            failure_config=FailureConfig(max_failures=2),
+        ),
+    )
+    with _Tail(Path(config.output) / "metrics.jsonl", on_step):
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise _own_error(error) from error
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    import torch
+
+    from umarvel_ray.config import build_config
+    from umarvel_ray.train.gather import WorkerLanes
+
+    runtime = build_config(settings["runtime"], RuntimeSettings)
+    use_threads(runtime)
+    lanes = WorkerLanes()
+    train_stage(build_config(settings["config"], StageConfig), lanes)
+    torch.distributed.barrier()
+
+
+def _own_error(error: BaseException) -> UmarvelError:
+    """The worker's own error out of Ray's wrapping, so that the user reads one line."""
+    seen: BaseException | None = error
+    while seen is not None:
+        failures = getattr(seen, "worker_failures", None) or {}
+        for failure in failures.values():
+            inner = getattr(failure, "cause", None) or failure
+            if isinstance(inner, UmarvelError):
+                return inner
+        if isinstance(seen, UmarvelError):
+            return seen
+        seen = seen.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    last = lines[-1] if lines else type(error).__name__
+    return TrainingError(f"a training worker failed: {last.strip()}. The whole trace stands in the log above.")
+
+
+class _Tail:
+    """Follows a metrics file from another thread: workers need no way back to this process."""
+
+    def __init__(self, path: Path, on_step: OnStep) -> None:
+        self._path = path
+        self._on_step = on_step
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        shown = 0
+        while not self._stop.wait(0.3):
+            shown = self._show_from(shown)
+        self._show_from(shown)
+
+    def _show_from(self, shown: int) -> int:
+        if not self._path.exists():
+            return shown
+        text = self._path.read_text(encoding="utf-8")
+        if not (lines := text[: text.rfind("\n") + 1].splitlines()):
+            return shown
+        newest = json.loads(lines[-1])
+        if newest["step"] != shown:
+            self._on_step(newest)
+        return newest["step"]
