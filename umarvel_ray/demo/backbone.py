@@ -1,12 +1,12 @@
 """A tiny backbone with random weights: a real Qwen2-VL as an ordinary Transformers folder.
 
-It loads wherever a released checkpoint loads, with its own tokenizer, chat template and image settings, so the whole
-recipe runs on it unchanged. Its vocabulary is learned from the texts it is to read.
+It loads wherever a released checkpoint loads, with its own tokenizer, chat template and image settings, so
+the whole recipe runs on it unchanged. Its vocabulary is learned from the texts it is to read.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -37,7 +37,7 @@ SPECIAL_TOKENS = (
 
 _TEMPLATE_WORDS = ("system", "You are a helpful assistant.", "user", "assistant", "Yes", " Yes", "No", " No")
 _SPARE_ROWS = 8
-"""Rows of the embedding table beyond the tokens, at least: room for markers, as the released checkpoints have."""
+"""Least rows of the embedding table beyond the tokens: room for markers, as the released checkpoints have."""
 
 _CHAT_TEMPLATE = """
 {%- set seen = namespace(images=0, videos=0) %}
@@ -98,17 +98,19 @@ class BackboneConfig(Config):
     def _heads_fit(self) -> Self:
         if self.hidden_size % (8 * self.num_heads):
             raise ValueError(
-                f"hidden_size is {self.hidden_size} but num_heads is {self.num_heads}: the width of a head must be a "
-                "multiple of 8, for three kinds of position. Change one of them."
+                f"hidden_size is {self.hidden_size} but num_heads is {self.num_heads}: the width of a head "
+                "must be a multiple of 8, for three kinds of position. Change one of them."
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_heads is {self.num_heads}, no multiple of num_kv_heads ({self.num_kv_heads}). Change one of them."
+                f"num_heads is {self.num_heads}, no multiple of num_kv_heads ({self.num_kv_heads}). "
+                "Change one of them."
             )
         if self.vision_embed_dim % (4 * self.vision_num_heads):
             raise ValueError(
-                f"vision_embed_dim is {self.vision_embed_dim} but vision_num_heads is {self.vision_num_heads}: the width "
-                "of a head must be a multiple of 4, for rows and columns. Change one of them."
+                f"vision_embed_dim is {self.vision_embed_dim} but vision_num_heads is "
+                f"{self.vision_num_heads}: the width of a head must be a multiple of 4, for rows and columns. "
+                "Change one of them."
             )
         return self
 
@@ -161,13 +163,14 @@ def _train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> "Qwen2Tokenize
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, show_progress=False, initial_alphabet=sorted(ByteLevel.alphabet())
     )
-    # Every prompt holds the template's words once or more, so they weigh as much as the texts' commonest words.
+    # Every prompt holds the template's words, so they weigh as much as the texts' commonest words.
     words = [word for word in _TEMPLATE_WORDS for _ in range(max(100, len(texts)))]
     backend.train_from_iterator([*texts, *words], trainer=trainer)
     learned = json.loads(backend.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in learned["merges"]]  # pairs, which its annotation forgets
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"],
-        merges=[tuple(pair) for pair in learned["merges"]],
+        merges=merges,
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=list(SPECIAL_TOKENS[1:]),
@@ -180,7 +183,7 @@ def _train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> "Qwen2Tokenize
 def _model_config(config: BackboneConfig, tokenizer: "Qwen2Tokenizer") -> "Qwen2VLConfig":
     from transformers import Qwen2VLConfig
 
-    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
+    ids = {token: number for token, number in tokenizer.get_vocab().items() if token in SPECIAL_TOKENS}
     half_head = config.hidden_size // config.num_heads // 2
     time = half_head // 4  # a quarter for time, the rest for rows and columns: Qwen2-VL's 16, 24, 24 of 64
     rows = (half_head - time + 1) // 2
