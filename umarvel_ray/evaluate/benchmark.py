@@ -157,7 +157,6 @@ def assemble_results(
             f"Known tasks: {', '.join(task.name for task in TASKS)}."
         )
     tasks: dict[str, Any] = {}
-    flags: list[str] = []
     for task in TASKS:
         pools = measured.get(task.name)
         if pools is None:
@@ -179,12 +178,8 @@ def assemble_results(
             result = dict(pools[kind])
             del result["num_queries"]
             entry[kind] = result
-            if result["at_chance"]:
-                flags.append(
-                    f"{task.name}, {kind} pool: {headline(task)} is {result[headline(task)]:.4f}, a random "
-                    f"ranking gives {result['chance']:.4f}: not better than chance."
-                )
         tasks[task.name] = entry
+    flags = [flag for kind in POOLS if (flag := _chance_flag(tasks, kind))]
     for flag in flags:
         logger.warning("%s: %s", stage, flag)
     return {
@@ -197,6 +192,18 @@ def assemble_results(
         "flags": flags,
         "metric_definition": DEFINITION,
     }
+
+
+def _chance_flag(tasks: Mapping[str, Any], kind: PoolKind) -> str | None:
+    measured = [name for name, entry in tasks.items() if kind in entry]
+    poor = [name for name in measured if tasks[name][kind]["at_chance"]]
+    if not poor:
+        return None
+    metric, result = tasks[poor[0]]["headline"], tasks[poor[0]][kind]
+    return (
+        f"{kind} pool: {len(poor)} of {len(measured)} tasks are not better than chance (first: {poor[0]}, {metric} is "
+        f"{result[metric]:.4f}, a random ranking gives {result['chance']:.4f})."
+    )
 
 
 def _mean_headline(tasks: Mapping[str, Any], kind: PoolKind) -> float | None:
@@ -242,7 +249,7 @@ def results_table(documents: Sequence[Mapping[str, Any]]) -> ResultsTable:
     """
     if not documents:
         raise DataError("results table: there are no results. Evaluate at least one stage.")
-    pools = tuple(
+    pools: tuple[PoolKind, ...] = tuple(
         kind for kind in POOLS if any(kind in entry for doc in documents for entry in doc["tasks"].values())
     )
     rows = []
@@ -259,7 +266,7 @@ def results_table(documents: Sequence[Mapping[str, Any]]) -> ResultsTable:
                 "Put only results of the same data side by side."
             )
         metric, num_queries = facts.pop()
-        values = {
+        values: dict[PoolKind, tuple[float | None, ...]] = {
             kind: tuple(entry[kind][metric] if entry and kind in entry else None for entry in entries)
             for kind in pools
         }
@@ -290,7 +297,7 @@ def print_results_table(documents: Sequence[Mapping[str, Any]], *, console: "Con
 
     table = results_table(documents)
     console = console or Console()
-    singly = [(kind,) for kind in table.pools]
+    singly: list[tuple[PoolKind, ...]] = [(kind,) for kind in table.pools]
     layouts = [
         [_rich_table(table, table.pools, details=True)],
         [_rich_table(table, pools, details=True) for pools in singly],
@@ -382,8 +389,8 @@ def _reachable(
     if not any(grade > 0 for judged in reachable.values() for grade in judged.values()):
         qid, judged = next(iter(qrels.items()))
         raise DataError(
-            f"{where}: no positive of any of {len(qrels)} queries is in the pool of {len(pool)} (first: query "
-            f"{qid}, positive {next(iter(judged), 'none')}). Pool and qrels are of other data."
+            f"{where}: no positive of any of {len(qrels)} queries is in the pool of {len(pool)} (first: "
+            f"query {qid}, positive {next(iter(judged), 'none')}). Use the pool and qrels of one data set."
         )
     return reachable
 

@@ -14,9 +14,9 @@ from umarvel_ray.errors import ConfigError, DataError
 
 DEFINITION = (
     "hit@k is 1 if any positive of the query is among its first k candidates, else 0 (M-BEIR prints it "
-    'as "Recall@k"), recall@k is the share of its positives among them, ndcg@k uses linear gains and log2 '
-    "discounts, mrr@k is 1 / rank of the first positive, map@k divides by min(k, number of positives); each is "
-    "the mean over all queries; recall, ndcg and map count only the positives that the pool holds."
+    'as "Recall@k"), recall@k is the share of its positives among them, ndcg@k has linear gains and log2 '
+    "discounts, mrr@k is 1 / rank of the first positive, map@k divides by min(k, number of positives); all "
+    "are means over the queries; recall, ndcg and map count only the positives that the pool holds."
 )
 """One sentence that stands in every results file."""
 
@@ -82,7 +82,7 @@ def judge(
 
 def hit_at(judged: Judged, k: int) -> np.ndarray:
     """1 if any positive is among the first k, else 0: what M-BEIR prints as "Recall@k"."""
-    return (judged.gain_QK[:, :k] > 0).any(axis=1).astype(np.float64)
+    return np.where((judged.gain_QK[:, :k] > 0).any(axis=1), 1.0, 0.0)
 
 
 def recall_at(judged: Judged, k: int) -> np.ndarray:
@@ -105,8 +105,7 @@ def ndcg_at(judged: Judged, k: int) -> np.ndarray:
 def average_precision_at(judged: Judged, k: int) -> np.ndarray:
     """Sum of the precision at each positive's rank, over min(k, number of positives).
 
-    Source: Baldrati et al. 2023, CIRCO, arXiv:2303.15247, eq. 5 (trec_eval divides by the number of
-    positives).
+    Source: Baldrati et al. 2023, CIRCO, arXiv:2303.15247; trec_eval divides by the number of positives.
     """
     relevant_QK = judged.gain_QK[:, :k] > 0
     precision_QK = relevant_QK.cumsum(axis=1) / np.arange(1, relevant_QK.shape[1] + 1)
