@@ -109,8 +109,8 @@ class BackboneConfig(Config):
         if self.vision_embed_dim % (4 * self.vision_num_heads):
             raise ValueError(
                 f"vision_embed_dim is {self.vision_embed_dim} but vision_num_heads is "
-                f"{self.vision_num_heads}: the width of a head must be a multiple of 4, for rows and columns. "
-                "Change one of them."
+                f"{self.vision_num_heads}: the width of a head must be a multiple of 4, for rows and "
+                "columns. Change one of them."
             )
         return self
 
