@@ -201,8 +201,8 @@ def _chance_flag(tasks: Mapping[str, Any], kind: PoolKind) -> str | None:
         return None
     metric, result = tasks[poor[0]]["headline"], tasks[poor[0]][kind]
     return (
-        f"{kind} pool: {len(poor)} of {len(measured)} tasks are not better than chance (first: {poor[0]}, {metric} is "
-        f"{result[metric]:.4f}, a random ranking gives {result['chance']:.4f})."
+        f"{kind} pool: {len(poor)} of {len(measured)} tasks are not better than chance (first: {poor[0]}, "
+        f"{metric} is {result[metric]:.4f}, a random ranking gives {result['chance']:.4f})."
     )
 
 

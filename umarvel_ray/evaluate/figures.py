@@ -155,13 +155,13 @@ def _axes(
     percent: bool = False,
 ) -> list[str]:
     parts = []
-    for value in ticks(*y_range, count=max(2, height // 50)):
+    for value in ticks(*y_range, count=max(3, height // 32)):
         y = float(_scale(np.array([value]), y_range, height - BOTTOM, TOP)[0])
         text = f"{value * 100:g}%" if percent else short_number(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_tick(LEFT - 6, y + 3.5, text, anchor="end"))
     below = height - BOTTOM + 16
-    for value in ticks(*x_range):
+    for value in ticks(*x_range, count=6):
         x = float(_scale(np.array([value]), x_range, LEFT, WIDTH - RIGHT)[0])
         if x > WIDTH - RIGHT - 7 * len(x_label):
             continue  # the axis' name stands there

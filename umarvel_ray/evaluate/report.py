@@ -257,8 +257,13 @@ def _read_object(path: str) -> dict[str, Any]:
 
 
 def _standard_error(row: TableRow, one: float, other: float) -> float:
-    """Of the difference of two shares over the same queries, as if they were drawn apart: an upper bound."""
-    return math.sqrt((one * (1 - one) + other * (1 - other)) / row.num_queries)
+    """Of the difference of two shares over the same queries, as if they were drawn apart: an upper bound.
+
+    One hit and one miss are added to each share, or a share of 0 or 1 would claim to be exact.
+    """
+    num = row.num_queries + 2
+    smoothed = [(share * row.num_queries + 1) / num for share in (one, other)]
+    return math.sqrt(sum(share * (1 - share) for share in smoothed) / num)
 
 
 def _cells(
@@ -376,7 +381,7 @@ def _curves(training: TrainingInput) -> Curves:
     temperature = _series(entries, "temperature")
     rates = [rate for _, rate in _series(entries, "queries_per_s")]
     words = [
-        f"loss {short_number(_tail(loss[:10]))} → {short_number(_tail(loss))}",
+        f"loss {_tail(loss[:10]):#.3g} → {_tail(loss):#.3g}",
         f"{len(entries)} steps",
         *([f"{short_number(round(median(rates)))} queries/s"] if rates else []),
     ]
@@ -519,7 +524,7 @@ def _examples(
             )
         )
     if album.unreadable:
-        logger.warning("report: %d pictures could not be read and are left out", len(album.unreadable))
+        logger.warning("report: pictures that could not be read and are left out: %d", len(album.unreadable))
     return found
 
 
