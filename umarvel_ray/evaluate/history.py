@@ -134,10 +134,17 @@ def draw_mining(mining: MiningInput) -> Mining:
         )
     return Mining(
         title=mining.title,
-        rule=str(report.get("rule") or ""),
+        rule=_rule_words(report.get("rule")),
         plot=plot,
         counts=tuple(flat_facts(report.get("counts", {}))),
     )
+
+
+def _rule_words(rule: Any) -> str:
+    """The filter for people: its name, or its name and numbers where the report gives a mapping."""
+    if isinstance(rule, Mapping):
+        return ", ".join(f"{name} {value}" for name, value in flat_facts(rule) if value != "–")
+    return "" if rule is None else str(rule).replace("_", " ")
 
 
 def flat_facts(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
