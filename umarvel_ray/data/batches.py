@@ -36,6 +36,11 @@ class TrainingItem:
 class TrainingSet(Protocol):
     """Training queries in a fixed order."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Names the content."""
+        ...
+
     def __len__(self) -> int:
         """Rows."""
         ...

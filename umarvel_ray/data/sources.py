@@ -12,7 +12,16 @@ from typing import Literal
 import numpy as np
 
 from umarvel_ray.artifacts import fingerprint
-from umarvel_ray.data.mbeir import TASKS, Instructions, Mbeir, Pool, QueryRecord, QuerySet, Task, local_pool_name
+from umarvel_ray.data.mbeir import (
+    TASKS,
+    Instructions,
+    Mbeir,
+    Pool,
+    QueryRecord,
+    QuerySet,
+    Task,
+    local_pool_name,
+)
 from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.errors import DataError
 
@@ -81,7 +90,9 @@ class QuerySource:
     @cached_property
     def fingerprint(self) -> str:
         """Names the content: queries, and the prompts put before them."""
-        return fingerprint([self._file.fingerprint, self.task.name, self._instructions.fingerprint, self.choice, self.seed])
+        return fingerprint(
+            [self._file.fingerprint, self.task.name, self._instructions.fingerprint, self.choice, self.seed]
+        )
 
     @cached_property
     def _file(self) -> QuerySet:
@@ -170,11 +181,18 @@ def tasks_of_split(mbeir: Mbeir, split: str) -> tuple[Task, ...]:
     return training_tasks(mbeir) if split == "train" else mbeir.tasks(split)
 
 
-def query_source(mbeir: Mbeir, task: Task, split: str, *, choice: InstructionChoice = "first", seed: int = 0) -> QuerySource:
+def query_source(
+    mbeir: Mbeir, task: Task, split: str, *, choice: InstructionChoice = "first", seed: int = 0
+) -> QuerySource:
     """The queries of a task."""
     path = mbeir.training_queries_path(task.dataset) if split == "train" else mbeir.queries_path(task, split)
     return QuerySource(
-        name=f"queries/{split}/{task.name}", task=task, root=str(mbeir.root), path=str(path), choice=choice, seed=seed
+        name=f"queries/{split}/{task.name}",
+        task=task,
+        root=str(mbeir.root),
+        path=str(path),
+        choice=choice,
+        seed=seed,
     )
 
 
@@ -186,7 +204,9 @@ def local_pool_source(mbeir: Mbeir, task: Task, split: str) -> PoolSource:
         # Val and test share their pools, MSCOCO's apart: one store serves both.
         return PoolSource(name=f"pools/{name}", root=root, path=str(mbeir.local_pool_path(task, split)))
     family = _SHARED_POOLS.get(task.dataset, task.dataset)
-    datasets = {other.dataset_id for other in TASKS if _SHARED_POOLS.get(other.dataset, other.dataset) == family}
+    datasets = {
+        other.dataset_id for other in TASKS if _SHARED_POOLS.get(other.dataset, other.dataset) == family
+    }
     return PoolSource(
         name=f"pools/train/{family}_{task.candidate_modality.replace(',', '+')}",
         root=root,
@@ -219,7 +239,9 @@ class RecordReader:
             if (row := pool.find(did)) is not None:
                 return pool.candidate(row)
         names = ", ".join(Path(pool.path).name for pool in self._pools)
-        raise DataError(f"candidate {did}: in none of {len(self._pools)} pools ({names}). Use the pools of this run.")
+        raise DataError(
+            f"candidate {did}: in none of {len(self._pools)} pools ({names}). Use the pools of this run."
+        )
 
 
 ContentKey = Hashable

@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from umarvel_ray.artifacts import fingerprint
 from umarvel_ray.data.batches import TrainingItem
 from umarvel_ray.data.mbeir import Instructions, Mbeir, Pool, QueryRecord, QuerySet, content_key
 from umarvel_ray.data.records import Candidate, Query
@@ -22,6 +23,7 @@ class PairSet:
 
     def __init__(self, pairs: PairSource) -> None:
         self._pairs = pairs
+        self.fingerprint = pairs.fingerprint
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -53,7 +55,7 @@ class MbeirSet:
         num_others: Of a list, how many a visit shows: the first ones; None for all.
         with_scores: Whether the lists' scores are a teacher's.
         drop_positives: Leave listed positives, by did and by content, out of the lists.
-        datasets: Train on these only; None for all. Table 15 holds tasks out.
+        tasks: Train on these only; None for all. Table 15 holds tasks out.
     """
 
     def __init__(
@@ -79,6 +81,13 @@ class MbeirSet:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names queries, pool and prompts (not lists: those are another job's output)."""
+        return fingerprint(
+            [self._queries.fingerprint, self._pool.fingerprint, self._instructions.fingerprint]
+        )
 
     @cached_property
     def _list_row(self) -> Mapping[str, int]:

@@ -96,7 +96,9 @@ def packed_attention(
     """
     if layout is None:
         if cu_seq_lens_q is None:
-            raise RuntimeError("packed attention needs a layout; call the backbone through Encoder or Reranker")
+            raise RuntimeError(
+                "packed attention needs a layout; call the backbone through Encoder or Reranker"
+            )
         lengths = torch.diff(cu_seq_lens_q).tolist()
         layout = PackedLayout.of_lengths(lengths, causal=False, device=query.device)
     group = query.shape[1] // key.shape[1]
@@ -105,13 +107,20 @@ def packed_attention(
         shape_BL = block.index_BL.shape
         index = block.index_BL.flatten()
         query_BHLD, key_BHLD, value_BHLD = (
-            states[0].index_select(1, index).unflatten(1, shape_BL).transpose(0, 1) for states in (query, key, value)
+            states[0].index_select(1, index).unflatten(1, shape_BL).transpose(0, 1)
+            for states in (query, key, value)
         )
         if group > 1:
             key_BHLD = key_BHLD.repeat_interleave(group, dim=1)
             value_BHLD = value_BHLD.repeat_interleave(group, dim=1)
         output_BHLD = F.scaled_dot_product_attention(
-            query_BHLD, key_BHLD, value_BHLD, attn_mask=block.mask, is_causal=block.causal, dropout_p=dropout, scale=scaling
+            query_BHLD,
+            key_BHLD,
+            value_BHLD,
+            attn_mask=block.mask,
+            is_causal=block.causal,
+            dropout_p=dropout,
+            scale=scaling,
         )
         outputs.append(output_BHLD.transpose(1, 2).flatten(0, 1))
     packed_THD = (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).index_select(0, layout.restore_T)

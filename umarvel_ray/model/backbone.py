@@ -5,26 +5,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
 from torch import nn
 
-from umarvel_ray.config import Config
 from umarvel_ray.errors import CheckpointError
 from umarvel_ray.model.attention import PackedLayout, use_packed_attention
 from umarvel_ray.model.images import normalise_patches
 from umarvel_ray.model.inputs import EncoderInputs
+from umarvel_ray.model.settings import LoraSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DtypeName = Literal["float32", "bfloat16", "float16"]
 _DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-
-
-class LoraSettings(Config):
-    """Low-rank adapters on every linear layer of the decoder."""
-
-    rank: PositiveInt = 128
-    alpha: PositiveInt = 256
-    dropout: NonNegativeFloat = 0.05
 
 
 def load_backbone(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -36,13 +26,19 @@ def load_backbone(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
 
     if "://" not in path and Path(path).is_absolute() and not (Path(path) / "config.json").exists():
-        raise CheckpointError(f"{path}: no config.json there, so no checkpoint. Give a Transformers folder or a hub id.")
+        raise CheckpointError(
+            f"{path}: no config.json there, so no checkpoint. Give a Transformers folder or a hub id."
+        )
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be loaded ({str(error).splitlines()[0]}). Check the path.") from None
+        raise CheckpointError(
+            f"{path}: cannot be loaded ({str(error).splitlines()[0]}). Check the path."
+        ) from None
     if config.model_type != "qwen2_vl":
-        raise CheckpointError(f"{path}: the backbone is {config.model_type!r}; this version reads 'qwen2_vl'.")
+        raise CheckpointError(
+            f"{path}: the backbone is {config.model_type!r}; this version reads 'qwen2_vl'."
+        )
     model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     use_packed_attention(model)
     return model, AutoTokenizer.from_pretrained(path)
@@ -50,7 +46,9 @@ def load_backbone(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def add_tokens(model: Any, tokenizer: Any, tokens: tuple[str, ...]) -> None:
     """Give the model the tokens that it lacks; a new row is the mean of the table, so that it is the same everywhere."""
-    missing = [token for token in tokens if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id)]
+    missing = [
+        token for token in tokens if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id)
+    ]
     if not missing:
         return
     tokenizer.add_tokens(missing, special_tokens=True)

@@ -18,8 +18,6 @@ from umarvel_ray.errors import CheckpointError
 from umarvel_ray.model.attention import PackedLayout
 from umarvel_ray.model.backbone import (
     DTYPES,
-    DtypeName,
-    LoraSettings,
     add_tokens,
     hidden_states,
     load_backbone,
@@ -28,8 +26,9 @@ from umarvel_ray.model.backbone import (
     save_backbone,
     set_trainable,
 )
-from umarvel_ray.model.inputs import ADDED_TOKENS, EncoderInputs, EncoderSettings, InputBuilder, Item, micro_batches
+from umarvel_ray.model.inputs import ADDED_TOKENS, EncoderInputs, InputBuilder, Item, micro_batches
 from umarvel_ray.model.pooling import mean_pool
+from umarvel_ray.model.settings import DtypeName, EncoderSettings, LoraSettings
 
 SETTINGS_FILE = "embedding.json"
 INITIAL_TEMPERATURE = 0.05
@@ -44,7 +43,9 @@ class Encoder(nn.Module):
         builder: Record → `Item`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, settings: EncoderSettings, *, temperature: float, source: str) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, settings: EncoderSettings, *, temperature: float, source: str
+    ) -> None:
         super().__init__()
         self.model = model
         self.settings = settings
@@ -76,7 +77,9 @@ class Encoder(nn.Module):
         if stored:
             made_with = build_config(stored["settings"], EncoderSettings, where=f"{path}/{SETTINGS_FILE}")
             if settings is not None and settings != made_with:
-                name = next(n for n in EncoderSettings.model_fields if getattr(settings, n) != getattr(made_with, n))
+                name = next(
+                    n for n in EncoderSettings.model_fields if getattr(settings, n) != getattr(made_with, n)
+                )
                 raise CheckpointError(
                     f"{path}: made with {name}={getattr(made_with, name)!r}, asked for {getattr(settings, name)!r}. "
                     "Leave the setting out, or start from the backbone."
@@ -137,7 +140,9 @@ class Encoder(nn.Module):
         return self._embed(candidates, max_tokens)
 
     def _embed(self, records: Iterable[Query | Candidate], max_tokens: int) -> np.ndarray:
-        return self.embed_items([self.builder.build(record) for record in records], max_tokens=max_tokens).numpy()
+        return self.embed_items(
+            [self.builder.build(record) for record in records], max_tokens=max_tokens
+        ).numpy()
 
     def set_trainable(self, trainable: Any, lora: LoraSettings, *, learn_temperature: bool) -> None:
         """Choose what trains: adapters on the decoder, or everything; and whether τ does."""

@@ -3,45 +3,20 @@
 import math
 import warnings
 from functools import lru_cache
-from typing import Self
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
-from umarvel_ray.config import Config
 from umarvel_ray.errors import DataError
+from umarvel_ray.model.settings import ImageSettings
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_ASPECT_RATIO = 200
 MAX_SOURCE_PIXELS = 200_000_000
 """A file that claims more is refused before it is decoded."""
-
-
-class ImageSettings(Config):
-    """How large an image may be, in pixels after resizing."""
-
-    min_pixels: PositiveInt = 4 * 28 * 28
-    max_pixels: PositiveInt = 300 * 28 * 28
-    patch_size: PositiveInt = 14
-    merge_size: PositiveInt = 2
-
-    @model_validator(mode="after")
-    def _one_unit_fits(self) -> Self:
-        if self.max_pixels < max(self.min_pixels, self.unit**2):
-            raise ValueError(
-                f"max_pixels is {self.max_pixels}, less than min_pixels ({self.min_pixels}) or one image token "
-                f"({self.unit**2}). Raise max_pixels."
-            )
-        return self
-
-    @property
-    def unit(self) -> int:
-        """Pixels along one side of an image token."""
-        return self.patch_size * self.merge_size
 
 
 def resized_size(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
@@ -55,11 +30,15 @@ def resized_size(height: int, width: int, settings: ImageSettings) -> tuple[int,
     """
     unit = settings.unit
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise DataError(f"an image of {width}×{height} pixels is more than {MAX_ASPECT_RATIO} times as long as wide")
+        raise DataError(
+            f"an image of {width}×{height} pixels is more than {MAX_ASPECT_RATIO} times as long as wide"
+        )
     new_height, new_width = (max(unit, round(side / unit) * unit) for side in (height, width))
     if new_height * new_width > settings.max_pixels:
         shrink = math.sqrt(height * width / settings.max_pixels)
-        new_height, new_width = (max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width))
+        new_height, new_width = (
+            max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width)
+        )
         # With one side at its least, the other alone must bring the area under the cap.
         new_height = min(new_height, settings.max_pixels // (new_width * unit) * unit)
         new_width = min(new_width, settings.max_pixels // (new_height * unit) * unit)
@@ -107,7 +86,9 @@ def load_patches(path: str, settings: ImageSettings) -> tuple[np.ndarray, tuple[
     if (image.height, image.width) != (height, width):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     patch, merge = settings.patch_size, settings.merge_size
-    pixels = np.asarray(image).reshape(height // settings.unit, merge, patch, width // settings.unit, merge, patch, 3)
+    pixels = np.asarray(image).reshape(
+        height // settings.unit, merge, patch, width // settings.unit, merge, patch, 3
+    )
     patches = np.ascontiguousarray(pixels.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(-1, 3 * patch * patch)
     return patches, (height // patch, width // patch)
 

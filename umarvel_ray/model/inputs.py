@@ -7,16 +7,15 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
-from umarvel_ray.config import Config
 from umarvel_ray.data.records import Candidate, Query
-from umarvel_ray.model.images import ImageSettings, load_patches
+from umarvel_ray.model.images import load_patches
+from umarvel_ray.model.settings import EncoderSettings
 
 EMBED_TOKEN = "<emb>"
 INSTRUCTION_START = "<instruction_start>"
@@ -29,24 +28,6 @@ _COMPRESSION = {
     "image": "\nSummarize above image in one word: ",
     "image,text": "\nSummarize above image and sentence in one word: ",
 }
-
-
-class EncoderSettings(Config):
-    """Everything that decides an embedding, besides the weights; stored as `embedding.json` with every checkpoint."""
-
-    attention: Literal["bidirectional", "causal"] = "bidirectional"
-    pooling: Literal["mean", "last"] = "mean"
-    """`last` is the hidden state just before `<emb>`."""
-    compression_prompt: bool = False
-    """Ask for a summary "in one word": only the last-token ablations use it."""
-    instruction: Literal["masked", "pooled", "none"] = "masked"
-    """`masked`: read, but left out of the mean, markers included. `pooled`: plain words. `none`: not read."""
-    positions: Literal["sequential", "mrope"] = "sequential"
-    append_generation_prompt: bool = False
-    """The authors' evaluation did, their training did not."""
-    images: ImageSettings = ImageSettings()
-    max_text_tokens: PositiveInt = 480
-    """Tokens of a query (instruction included) or candidate text, cut before templating."""
 
 
 def clean(text: str) -> str:
@@ -158,7 +139,9 @@ class InputBuilder:
         self._template = ChatTemplate(
             tokenizer, answer=f"{EMBED_TOKEN}.", generation_prompt=settings.append_generation_prompt
         )
-        self._special = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens + list(ADDED_TOKENS)))
+        self._special = re.compile(
+            "|".join(re.escape(token) for token in tokenizer.all_special_tokens + list(ADDED_TOKENS))
+        )
         start, end, embed = tokenizer.convert_tokens_to_ids([INSTRUCTION_START, INSTRUCTION_END, EMBED_TOKEN])
         self._start_id, self._end_id, self._embed_id = start, end, embed
         self._cache: OrderedDict[Query | Candidate, Item] = OrderedDict()
@@ -204,7 +187,9 @@ class InputBuilder:
             grids = (grid,)
             num = grid[0] * grid[1] // self.settings.images.merge_size**2
             image_ids = [*template.image_start, *[template.image_token] * num, *template.image_end]
-        ids = np.array([*template.before, *image_ids, *text_ids, *suffix_ids, *template.after], dtype=np.int32)
+        ids = np.array(
+            [*template.before, *image_ids, *text_ids, *suffix_ids, *template.after], dtype=np.int32
+        )
         return Item(ids=ids, pooled=self._pooled(ids), patches=patches, grids=grids)
 
     def _pooled(self, ids: np.ndarray) -> np.ndarray:

@@ -8,22 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from umarvel_ray.artifacts import write_json
-from umarvel_ray.config import Config, build_config
+from umarvel_ray.config import build_config
 from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.errors import CheckpointError
 from umarvel_ray.model.attention import Block, PackedLayout
 from umarvel_ray.model.backbone import (
     DTYPES,
-    DtypeName,
-    LoraSettings,
     hidden_states,
     load_backbone,
     merge_lora,
@@ -31,8 +28,9 @@ from umarvel_ray.model.backbone import (
     save_backbone,
     set_trainable,
 )
-from umarvel_ray.model.images import ImageSettings, load_patches
+from umarvel_ray.model.images import load_patches
 from umarvel_ray.model.inputs import ChatTemplate, EncoderInputs, clean, micro_batches, mrope_positions
+from umarvel_ray.model.settings import DtypeName, LoraSettings, RerankerSettings
 
 SETTINGS_FILE = "reranker.json"
 _PROMPTS = {
@@ -46,16 +44,6 @@ _PROMPTS = {
         + " meets the requirements of the query. If it does, respond with 'Yes'; if it doesn't, responed with 'No'."
     ),
 }
-
-
-class RerankerSettings(Config):
-    """Everything that decides a score, besides the weights; stored as `reranker.json` with every checkpoint."""
-
-    prompt: Literal["plain", "authors"] = "plain"
-    """`authors` reproduces their literal, spaces and typing error included, for their checkpoint."""
-    images: ImageSettings = ImageSettings()
-    max_text_tokens: PositiveInt = 256
-    """Tokens of a query (instruction included) or candidate text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +85,9 @@ class TreeBuilder:
         # A query's image stands in every one of its pairs, and neighbours share candidates.
         self._image = lru_cache(maxsize=2048)(lambda path: load_patches(path, settings.images))
 
-    def build(self, query: Query, candidates: Sequence[Candidate], answers: Sequence[bool] | None = None) -> Tree:
+    def build(
+        self, query: Query, candidates: Sequence[Candidate], answers: Sequence[bool] | None = None
+    ) -> Tree:
         """Tokenize each pair whole, then share the longest common prefix of tokens.
 
         Args:
@@ -116,7 +106,11 @@ class TreeBuilder:
             np.array(prefix), query_grids, image_token=image_token, merge_size=merge
         )
         restart = int(prefix_positions.max()) + 1 if shared else 0
-        ids, positions, leaf = [np.array(prefix, dtype=np.int32)], [prefix_positions], [np.zeros(shared, dtype=np.int32)]
+        ids, positions, leaf = (
+            [np.array(prefix, dtype=np.int32)],
+            [prefix_positions],
+            [np.zeros(shared, dtype=np.int32)],
+        )
         images, decisive, place = list(query_patches), [], shared
         for number, (row, candidate_images) in enumerate(rows, start=1):
             own = row[shared:]
@@ -141,7 +135,9 @@ class TreeBuilder:
             grids=tuple(grid for _, grid in images),
         )
 
-    def _pair(self, query: Query, candidate: Candidate) -> tuple[list[int], list[tuple[np.ndarray, tuple[int, int]]]]:
+    def _pair(
+        self, query: Query, candidate: Candidate
+    ) -> tuple[list[int], list[tuple[np.ndarray, tuple[int, int]]]]:
         """Tokens of one pair up to where the answer begins, and the candidate's image."""
         words = self._cut(clean(f"{clean(query.instruction or '')} {query.txt or ''}"))
         images: list[tuple[np.ndarray, tuple[int, int]]] = []
@@ -166,7 +162,11 @@ class TreeBuilder:
 
     def _cut(self, text: str) -> str:
         ids = self._encode(text)
-        return text if len(ids) <= self.settings.max_text_tokens else self._tokenizer.decode(ids[: self.settings.max_text_tokens])
+        return (
+            text
+            if len(ids) <= self.settings.max_text_tokens
+            else self._tokenizer.decode(ids[: self.settings.max_text_tokens])
+        )
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -174,7 +174,9 @@ class TreeBuilder:
     def _one_id(self, word: str) -> int:
         ids = self._encode(word)
         if len(ids) != 1:
-            raise CheckpointError(f"the tokenizer cuts {word!r} into {len(ids)} tokens; a score needs one. Use a Qwen tokenizer.")
+            raise CheckpointError(
+                f"the tokenizer cuts {word!r} into {len(ids)} tokens; a score needs one. Use a Qwen tokenizer."
+            )
         return ids[0]
 
 

@@ -5,37 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
-
 from umarvel_ray.artifacts import fingerprint, read_json
-from umarvel_ray.config import Config, PathSetting
 from umarvel_ray.data.mbeir import Mbeir, Task
-from umarvel_ray.data.sources import InstructionChoice, Source, pool_sources, query_source, tasks_of_split
+from umarvel_ray.data.sources import Source, pool_sources, query_source, tasks_of_split
 from umarvel_ray.errors import ConfigError
-from umarvel_ray.model.backbone import DtypeName
 from umarvel_ray.model.encoder import SETTINGS_FILE, Encoder
+from umarvel_ray.retrieve.settings import EmbedConfig
 from umarvel_ray.retrieve.store import ShardRange, finish_store, finished_shards, plan_shards, write_shard
-
-
-class EmbedConfig(Config):
-    """Settings of one embedding job."""
-
-    checkpoint: PathSetting
-    output: PathSetting
-    root: PathSetting
-    """M-BEIR's."""
-    splits: tuple[Literal["train", "val", "test"], ...] = ("test",)
-    tasks: tuple[str, ...] | None = None
-    """Tasks by name; all that the split has by default."""
-    instruction: InstructionChoice = "first"
-    seed: NonNegativeInt = 0
-    """Of a seeded instruction choice."""
-    rows_per_shard: PositiveInt = 8192
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Of the stored vectors."""
-    compute_dtype: DtypeName = "float32"
-    max_tokens: PositiveInt = 8192
-    """Token budget of a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +51,9 @@ def embedding_sources(config: EmbedConfig) -> list[Source]:
     sources: dict[str, Source] = {}
     for split in config.splits:
         tasks = chosen_tasks(mbeir, split, config.tasks)
-        queries = [query_source(mbeir, task, split, choice=config.instruction, seed=config.seed) for task in tasks]
+        queries = [
+            query_source(mbeir, task, split, choice=config.instruction, seed=config.seed) for task in tasks
+        ]
         sources |= {source.name: source for source in (*queries, *pool_sources(mbeir, split, tasks))}
     return list(sources.values())
 
@@ -114,7 +92,7 @@ def missing_shards(config: EmbedConfig) -> tuple[list[ShardTask], int]:
         done = finished_shards(folder, plan, name)
         for shard in plan:
             if shard.index in done:
-                rows_done += len(shard)
+                rows_done += shard.num_rows
             else:
                 tasks.append(ShardTask(source, shard, folder, name, config.dtype, config.max_tokens))
     return tasks, rows_done

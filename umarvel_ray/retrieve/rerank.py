@@ -7,59 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt
 
 from umarvel_ray.artifacts import fingerprint
-from umarvel_ray.config import Config, PathSetting
 from umarvel_ray.data.mbeir import Mbeir
-from umarvel_ray.data.sources import InstructionChoice, RecordReader, pool_sources, query_source
+from umarvel_ray.data.sources import RecordReader, pool_sources, query_source
 from umarvel_ray.data.trec import Run
 from umarvel_ray.errors import ShardError
-from umarvel_ray.model.backbone import DtypeName
 from umarvel_ray.model.reranker import Reranker
 from umarvel_ray.retrieve.embed import chosen_tasks
-
-Scope = Literal["local", "global"]
-
-
-class RerankRequest(Config):
-    """Lists to re-score."""
-
-    split: Literal["train", "val", "test"]
-    scopes: tuple[Scope, ...] = ("local",)
-    depth: PositiveInt = 50
-    """Hits scored per query, best first."""
-    share: float = Field(default=1.0, gt=0, le=1)
-    """Of the queries, the same share of each task, drawn by the seed."""
-
-
-class RerankConfig(Config):
-    """Settings of one scoring job."""
-
-    checkpoint: PathSetting
-    output: PathSetting
-    root: PathSetting
-    runs: PathSetting
-    """Folder of a search: `{split}/{task}.{scope}.arrow`."""
-    requests: tuple[RerankRequest, ...]
-    tasks: tuple[str, ...] | None = None
-    seed: NonNegativeInt
-    alpha: float | Literal["tune"] | None = Field(default="tune")
-    """Weight of the recall score in `alpha·recall + (1 − alpha)·P(Yes)`. `tune`: the best on the val request."""
-    alpha_from: PathSetting | None = None
-    """Take alpha from another scoring job's folder instead."""
-    instruction: InstructionChoice = "first"
-    queries_per_shard: PositiveInt = 64
-    max_tokens: PositiveInt = 8192
-    compute_dtype: DtypeName = "float32"
-
-
-def run_path(folder: str | Path, split: str, task: str, scope: str) -> Path:
-    """Where a search or scoring job keeps the run of a task."""
-    return Path(folder) / split / f"{task}.{scope}.arrow"
+from umarvel_ray.retrieve.settings import RerankConfig, Scope, run_path
 
 
 @dataclass(frozen=True)
@@ -94,8 +53,16 @@ def plan_scores(config: RerankConfig) -> list[ScoreTask]:
                 rows = sampled_rows(len(Run.read(path)), request.share, seed=config.seed, name=task.name)
                 for part, start in enumerate(range(0, len(rows), config.queries_per_shard)):
                     chosen = tuple(int(row) for row in rows[start : start + config.queries_per_shard])
-                    where = Path(config.output) / "parts" / request.split / f"{task.name}.{scope}" / f"{part:05d}.arrow"
-                    plan.append(ScoreTask(task.name, request.split, scope, path, chosen, request.depth, where))
+                    where = (
+                        Path(config.output)
+                        / "parts"
+                        / request.split
+                        / f"{task.name}.{scope}"
+                        / f"{part:05d}.arrow"
+                    )
+                    plan.append(
+                        ScoreTask(task.name, request.split, scope, path, chosen, request.depth, where)
+                    )
     return plan
 
 
@@ -173,7 +140,9 @@ def fuse(recall: Run, reranked: Run, alpha: float) -> Run:
     dids, scores = [], []
     for qid, scored, p_yes in zip(reranked.qids, reranked.dids, reranked.scores, strict=True):
         if qid not in row_of:
-            raise ShardError(f"query {qid} was scored but the recall run lacks it. Score the run that is fused.")
+            raise ShardError(
+                f"query {qid} was scored but the recall run lacks it. Score the run that is fused."
+            )
         p_of = dict(zip(scored, np.asarray(p_yes, dtype=np.float64).tolist(), strict=True))
         row = row_of[qid]
         hits = [
@@ -206,7 +175,8 @@ def tune_alpha(
         `{"alpha": …, "curve": [[alpha, mean quality], …]}`.
     """
     curve = [
-        [alpha, float(np.mean([quality[task](fuse(*runs, alpha)) for task, runs in pairs.items()]))] for alpha in grid
+        [alpha, float(np.mean([quality[task](fuse(*runs, alpha)) for task, runs in pairs.items()]))]
+        for alpha in grid
     ]
     best = max(curve, key=lambda point: (round(point[1], 6), point[0]))
     return {"alpha": best[0], "curve": curve}

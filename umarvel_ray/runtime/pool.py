@@ -31,7 +31,9 @@ class _Shell:
         return {"answer": answers}
 
 
-def run_pool(tasks: Sequence[Any], make_worker: MakeWorker, runtime: RuntimeSettings) -> Iterator[dict[str, Any]]:
+def run_pool(
+    tasks: Sequence[Any], make_worker: MakeWorker, runtime: RuntimeSettings
+) -> Iterator[dict[str, Any]]:
     """Work off `tasks`; yields each answer as it comes, in any order.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 
 from umarvel_ray.errors import TrainingError, UmarvelError
 from umarvel_ray.runtime.cluster import RuntimeSettings, use_threads
-from umarvel_ray.train.stage import StageConfig, train_stage
+from umarvel_ray.train.settings import StageConfig
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -75,7 +75,9 @@ def _own_error(error: BaseException) -> UmarvelError:
         seen = seen.__cause__
     lines = [line for line in str(error).splitlines() if line.strip()]
     last = lines[-1] if lines else type(error).__name__
-    return TrainingError(f"a training worker failed: {last.strip()}. The whole trace stands in the log above.")
+    return TrainingError(
+        f"a training worker failed: {last.strip()}. The whole trace stands in the log above."
+    )
 
 
 class _Tail:

@@ -18,7 +18,9 @@ from umarvel_ray.errors import CheckpointError
 _WEIGHTS, _OPTIMIZER, _STATE = "trained.safetensors", "optimizer.pt", "state.json"
 
 
-def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, keep: int) -> None:
+def save_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, keep: int
+) -> None:
     """Write `folder/step-NNNNNN` and drop all but the `keep` newest."""
     with atomic_folder(folder / f"step-{step:06d}") as place:
         save_file(_trained(model), place / _WEIGHTS)

@@ -1,35 +1,18 @@
 """What one step of the embedder does: prepare a global batch, and leave its gradient. Letters as in `losses`."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from umarvel_ray.config import Config
 from umarvel_ray.data.batches import BatchPlan, ContrastiveBatch, TrainingSet, build_batch, deal, token_cost
 from umarvel_ray.model.encoder import Encoder
 from umarvel_ray.model.inputs import Item
 from umarvel_ray.train.gather import Lanes
 from umarvel_ray.train.grad_cache import cached_backward
 from umarvel_ray.train.losses import info_nce, list_distillation
-
-
-class ContrastiveSettings(Config):
-    """Which loss, over which negatives."""
-
-    kind: Literal["info_nce", "distillation"] = "info_nce"
-    negatives: Literal["batch", "own"] = "batch"
-    """`batch`: all candidates of the global batch, hard negatives of every query included. `own`: the query's own
-    list alone (Table 5 ID 0, and the continue-hard control)."""
-    candidate_to_query: NonNegativeFloat = 0.0
-    """Weight of the second direction; stage 1b uses 1."""
-    mask_false_negatives: bool = True
-    """Never push a query from its other positives or copies of them. Off reproduces the authors' code."""
-    teacher_temperature: PositiveFloat | None = None
-    """Of the teacher's scores in distillation; by default the student's, without gradient."""
+from umarvel_ray.train.settings import ContrastiveSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +53,9 @@ class ContrastiveTask:
         return PreparedBatch(
             batch=batch,
             indices=indices,
-            items_by_lane={lane: [build(batch.records[i]) for i in indices[lane]] for lane in self._lanes.mine},
+            items_by_lane={
+                lane: [build(batch.records[i]) for i in indices[lane]] for lane in self._lanes.mine
+            },
         )
 
     def samples(self, prepared: PreparedBatch) -> list[str]:
@@ -102,7 +87,9 @@ class ContrastiveTask:
         with torch.no_grad():
             self.model.temperature.clamp_(min=1e-3)
 
-    def _lane_loss(self, batch: ContrastiveBatch, embedding_ND: Tensor, temperature: Tensor, lane: int) -> Tensor:
+    def _lane_loss(
+        self, batch: ContrastiveBatch, embedding_ND: Tensor, temperature: Tensor, lane: int
+    ) -> Tensor:
         """This lane's queries' part of the mean over the global batch."""
         settings, num_queries = self._settings, batch.num_queries
         device = embedding_ND.device
@@ -114,7 +101,9 @@ class ContrastiveTask:
             teacher_QK = torch.from_numpy(batch.teacher_QK[rows]).to(device)
             list_QK = torch.from_numpy(batch.others_QK[rows].clip(min=0)).to(device)
             teacher_temperature = (
-                temperature if settings.teacher_temperature is None else torch.tensor(settings.teacher_temperature)
+                temperature
+                if settings.teacher_temperature is None
+                else torch.tensor(settings.teacher_temperature)
             )
             loss_Q = list_distillation(
                 mine_QD,
@@ -137,7 +126,9 @@ class ContrastiveTask:
         ).sum()
         if settings.candidate_to_query:
             # Row p: the positive of query p looks for p among all queries; other queries it answers do not count.
-            answers_QQ = ignore_QC[:, batch.positive_Q].T | (batch.positive_Q[:, None] == batch.positive_Q[None, :])
+            answers_QQ = ignore_QC[:, batch.positive_Q].T | (
+                batch.positive_Q[:, None] == batch.positive_Q[None, :]
+            )
             np.fill_diagonal(answers_QQ, False)
             loss_back = info_nce(
                 candidate_CD[positive_Q[rows]],

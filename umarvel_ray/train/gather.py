@@ -66,11 +66,11 @@ class WorkerLanes(Lanes):
         most = max(map(len, items))
         padded = mine.new_zeros(most, mine.shape[1])
         padded[: len(mine)] = mine.detach()
-        everyone = mine.new_empty(self.count * most, mine.shape[1])
-        torch.distributed.all_gather_into_tensor(everyone, padded)
+        everyone = [torch.empty_like(padded) for _ in range(self.count)]
+        torch.distributed.all_gather(everyone, padded)
         gathered_ND = mine.new_empty(sum(map(len, items)), mine.shape[1])
         for lane, indices in enumerate(items):
-            gathered_ND[torch.from_numpy(indices)] = everyone[lane * most : lane * most + len(indices)]
+            gathered_ND[torch.from_numpy(indices)] = everyone[lane][: len(indices)]
         return gathered_ND
 
     def sum(self, by_lane: Sequence[Tensor]) -> Tensor:

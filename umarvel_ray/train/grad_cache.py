@@ -44,7 +44,8 @@ def cached_backward(
         The loss of the global batch, a scalar.
     """
     chunks = {
-        lane: micro_batches([item.num_tokens for item in items], max_tokens) for lane, items in items_by_lane.items()
+        lane: micro_batches([item.num_tokens for item in items], max_tokens)
+        for lane, items in items_by_lane.items()
     }
 
     def embed(lane: int, number: int) -> Tensor:

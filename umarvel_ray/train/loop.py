@@ -4,13 +4,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import nn
 
-from umarvel_ray.config import Config
-from umarvel_ray.model.backbone import LoraSettings
 from umarvel_ray.train.checkpoint import MetricsLog, restore_latest, save_state
 from umarvel_ray.train.gather import Lanes
 from umarvel_ray.train.optimizer import (
@@ -20,39 +17,7 @@ from umarvel_ray.train.optimizer import (
     require_finite,
     set_learning_rate,
 )
-
-
-class TrainSettings(Config):
-    """How long and how fast to train, and what."""
-
-    trainable: Literal["lora", "full"] = "lora"
-    lora: LoraSettings = LoraSettings()
-    learn_temperature: bool = False
-    batch_size: PositiveInt
-    """Queries per optimizer step, over all workers."""
-    num_steps: PositiveInt | None = None
-    num_epochs: PositiveFloat | None = None
-    learning_rate: PositiveFloat
-    warmup_ratio: NonNegativeFloat = 0.03
-    weight_decay: NonNegativeFloat = 0.0
-    max_grad_norm: PositiveFloat = 1.0
-    max_tokens: PositiveInt = 8192
-    """Token budget of a chunk: the largest that fits in memory is the fastest."""
-    save_every: PositiveInt = 100
-    """Steps between training states on disk."""
-    keep_last: PositiveInt = 2
-    cache_inputs_bytes: NonNegativeInt = Field(default=256 * 2**20)
-    """Memory for prepared records, per worker."""
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        if (self.num_steps is None) == (self.num_epochs is None):
-            raise ValueError("give either num_steps or num_epochs, not both and not neither")
-        return self
-
-    def steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps in all."""
-        return self.num_steps or max(1, round((self.num_epochs or 0) * steps_per_epoch))
+from umarvel_ray.train.settings import TrainSettings
 
 
 class Task(Protocol):
@@ -106,7 +71,13 @@ def train(
         done = step + 1
         if log:
             seconds = time.perf_counter() - started
-            entry = {"step": done, "num_steps": num_steps, **figures, "grad_norm": grad_norm, "learning_rate": rate}
+            entry = {
+                "step": done,
+                "num_steps": num_steps,
+                **figures,
+                "grad_norm": grad_norm,
+                "learning_rate": rate,
+            }
             entry["queries_per_s"] = round(settings.batch_size / seconds, 2)
             log.write(entry)
             on_step(entry)

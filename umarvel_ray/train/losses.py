@@ -30,7 +30,12 @@ def info_nce(
 
 
 def list_distillation(
-    query_QD: Tensor, list_QKD: Tensor, *, teacher_QK: Tensor, temperature: Tensor, teacher_temperature: Tensor
+    query_QD: Tensor,
+    list_QKD: Tensor,
+    *,
+    teacher_QK: Tensor,
+    temperature: Tensor,
+    teacher_temperature: Tensor,
 ) -> Tensor:
     """KL(teacher ‖ student) over each query's own list.
 
@@ -48,7 +53,9 @@ def list_distillation(
     """
     absent_QK = torch.isneginf(teacher_QK)
     student_QK = torch.einsum("qd,qkd->qk", query_QD.float(), list_QKD.float()) / temperature.float()
-    student_QK = F.log_softmax(student_QK.masked_fill(absent_QK, float("-inf")), dim=1).masked_fill(absent_QK, 0.0)
+    student_QK = F.log_softmax(student_QK.masked_fill(absent_QK, float("-inf")), dim=1).masked_fill(
+        absent_QK, 0.0
+    )
     teacher_QK = F.log_softmax(teacher_QK.float() / teacher_temperature.detach().float(), dim=1)
     share_QK = teacher_QK.exp()
     return (share_QK * (teacher_QK.masked_fill(absent_QK, 0.0) - student_QK)).sum(1)

@@ -15,7 +15,9 @@ def make_optimizer(model: nn.Module, *, weight_decay: float) -> torch.optim.Adam
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8
+    )
 
 
 def learning_rate(step: int, *, peak: float, num_steps: int, warmup_ratio: float) -> float:

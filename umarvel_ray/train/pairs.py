@@ -4,24 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
 
-from umarvel_ray.config import Config
 from umarvel_ray.data.batches import BatchPlan, TrainingItem, TrainingSet, deal, token_cost
 from umarvel_ray.model.inputs import micro_batches
 from umarvel_ray.model.reranker import Reranker, Tree
 from umarvel_ray.train.gather import Lanes
 from umarvel_ray.train.grad_cache import sum_gradients
 from umarvel_ray.train.losses import answer_loss
-
-
-class RerankerTrainSettings(Config):
-    """How many pairs a query gives."""
-
-    negatives_per_positive: PositiveInt = 1
-    """Drawn afresh at each visit from the query's mined list."""
-    positive_weight: NonNegativeFloat = 1.0
-    """Weight of a positive pair's loss, relative to a negative's."""
+from umarvel_ray.train.settings import RerankerTrainSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +49,9 @@ class RerankerTask:
     def prepare(self, step: int) -> PreparedPairs:
         """The pairs of a step: a pure function of it."""
         rows, epoch = self._plan.rows(step)
-        items = [self._draw(self._data.item(int(row), visit=epoch), row=int(row), visit=epoch) for row in rows]
+        items = [
+            self._draw(self._data.item(int(row), visit=epoch), row=int(row), visit=epoch) for row in rows
+        ]
         costs = [token_cost(item.query) + sum(map(token_cost, item.others)) for item in items]
         dealt = deal(costs, self._lanes.count)
         trees, answers = {}, {}
@@ -99,15 +91,24 @@ class RerankerTask:
 
         def backward(lane: int) -> None:
             trees, answers = prepared.trees_by_lane[lane], prepared.answers_by_lane[lane]
-            for number, chunk in enumerate(micro_batches([tree.num_tokens for tree in trees], self._max_tokens)):
+            for number, chunk in enumerate(
+                micro_batches([tree.num_tokens for tree in trees], self._max_tokens)
+            ):
                 torch.manual_seed(hash((seed, lane, number)) % 2**63)
                 loss, right = self._chunk([trees[i] for i in chunk], [answers[i] for i in chunk])
                 (loss / prepared.num_pairs).backward()
                 figures[lane] += torch.tensor([loss.item(), right])
 
         sum_gradients(self.model, backward, lanes=self._lanes)
-        loss, right = (self._lanes.sum([figures[lane] for lane in self._lanes.mine]) / prepared.num_pairs).tolist()
-        return {"loss": loss, "accuracy": right, "num_queries": len(prepared.qids), "num_pairs": prepared.num_pairs}
+        loss, right = (
+            self._lanes.sum([figures[lane] for lane in self._lanes.mine]) / prepared.num_pairs
+        ).tolist()
+        return {
+            "loss": loss,
+            "accuracy": right,
+            "num_queries": len(prepared.qids),
+            "num_pairs": prepared.num_pairs,
+        }
 
     def _chunk(self, trees: list[Tree], answers: list[list[bool]]) -> tuple[torch.Tensor, float]:
         """Summed loss over the pairs of some trees, each pair the mean over its answer's tokens; and how many it gets right."""
@@ -131,7 +132,10 @@ class RerankerTask:
         loss_T = answer_loss(logits_TV, torch.tensor(target, device=device))
         ids = self.model.builder.answer_ids
         with torch.no_grad():
-            yes_no = hidden_TD[torch.tensor(decisive, device=device)].float() @ self.model.head_rows([ids[True], ids[False]]).float().T
+            yes_no = (
+                hidden_TD[torch.tensor(decisive, device=device)].float()
+                @ self.model.head_rows([ids[True], ids[False]]).float().T
+            )
             says_yes = yes_no[:, 0] > yes_no[:, 1]
         right = float((says_yes == torch.tensor(verdicts, device=device)).sum())
         return (loss_T * torch.tensor(weight, device=device)).sum(), right

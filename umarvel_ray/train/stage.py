@@ -2,80 +2,23 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from umarvel_ray.artifacts import atomic_folder
-from umarvel_ray.config import Config, PathSetting
 from umarvel_ray.data.batches import BatchPlan, TrainingSet
 from umarvel_ray.data.mbeir import Mbeir
 from umarvel_ray.data.text_pairs import CaptionPairs, NliPairs
 from umarvel_ray.data.training_sets import MbeirSet, PairSet
 from umarvel_ray.data.trec import Run
-from umarvel_ray.model.backbone import DtypeName
 from umarvel_ray.model.encoder import Encoder
-from umarvel_ray.model.inputs import EncoderSettings
-from umarvel_ray.model.reranker import Reranker, RerankerSettings
-from umarvel_ray.train.contrastive import ContrastiveSettings, ContrastiveTask
+from umarvel_ray.model.reranker import Reranker
+from umarvel_ray.train.contrastive import ContrastiveTask
 from umarvel_ray.train.gather import Lanes
-from umarvel_ray.train.loop import Task, TrainSettings, train
-from umarvel_ray.train.pairs import RerankerTask, RerankerTrainSettings
-
-CHECKPOINT = "checkpoint"
-"""Name of the finished checkpoint in a stage's folder."""
-
-
-class NliData(Config):
-    """Sentence pairs, stage 1a."""
-
-    kind: Literal["nli"]
-    path: PathSetting
-    use_hard_negatives: bool = False
-    """Also push from the file's contradicting sentence; paper and peers do not."""
-
-
-class CaptionData(Config):
-    """Caption and picture pairs, stage 1b."""
-
-    kind: Literal["captions"]
-    path: PathSetting
-    image_root: PathSetting
-
-
-class MbeirData(Config):
-    """M-BEIR's training queries with in-batch negatives, mined negatives, or teacher scores."""
-
-    kind: Literal["mbeir"]
-    root: PathSetting
-    lists: PathSetting | None = None
-    """A run: mined negatives, or a teacher's scores."""
-    list_role: Literal["negatives", "teacher"] = "negatives"
-    num_negatives: PositiveInt | None = None
-    """Of a list, how many a visit shows, best first; all by default."""
-    tasks: tuple[str, ...] | None = None
-    """Train on these tasks only."""
-
-
-class StageConfig(Config):
-    """Settings of one training job."""
-
-    model: Literal["encoder", "reranker"] = "encoder"
-    start: PathSetting
-    """A stock backbone or the checkpoint of the stage before."""
-    output: PathSetting
-    seed: NonNegativeInt
-    data: Annotated[NliData | CaptionData | MbeirData, Field(discriminator="kind")]
-    train: TrainSettings
-    loss: ContrastiveSettings = ContrastiveSettings()
-    pairs: RerankerTrainSettings = RerankerTrainSettings()
-    encoder: EncoderSettings | None = None
-    """For a stock backbone; a checkpoint brings its own."""
-    reranker: RerankerSettings | None = None
-    temperature: PositiveFloat | None = None
-    """τ to start from; by default the checkpoint's, or 0.05."""
-    dtype: DtypeName = "float32"
+from umarvel_ray.train.loop import Task, train
+from umarvel_ray.train.pairs import RerankerTask
+from umarvel_ray.train.settings import CHECKPOINT, CaptionData, NliData, StageConfig
 
 
 def open_training_set(config: StageConfig) -> TrainingSet:

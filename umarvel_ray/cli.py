@@ -1,0 +1,147 @@
+"""`umarvel JOB CONFIG.yaml [key=value …]`: the command line. Errors of ours become one line and exit code 2."""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from umarvel_ray.errors import UmarvelError
+from umarvel_ray.runtime.cluster import RuntimeSettings, connect, disconnect, prepare_environment
+
+app = typer.Typer(
+    name="umarvel",
+    help="Universal multimodal retrieval by the U-MARVEL recipe, on Ray: train, mine, distil, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file of settings.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings in place of the file's: key.path=value …", show_default=False)
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print settings and plan, start nothing.")]
+
+
+def _job_command(kind: str, help_text: str) -> None:
+    def command(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+        run_job(kind, config, overrides or [], dry_run=dry_run)
+
+    command.__doc__ = help_text
+    app.command(kind, help=help_text)(command)
+
+
+_job_command("train", "One training stage: data and a checkpoint → the next checkpoint.")
+_job_command("embed", "Query sets and pools → embedding stores.")
+_job_command("search", "Embedding stores → exact top-k runs, local and global.")
+_job_command("mine", "Runs of the training queries → filtered hard negatives, with counts of all that was dropped.")
+_job_command("rerank", "Runs → P(Yes) of every hit → fused runs, and the teacher of the distillation.")
+_job_command("evaluate", "Runs and qrels → results.json and a table.")
+_job_command("report", "Results, curves and mined negatives → report.html.")
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """The staged recipe: finished jobs are skipped, an interrupted one goes on."""
+    from umarvel_ray.pipeline.run import load_run, run_recipe
+
+    settings = load_run(config, overrides or [])
+    if dry_run:
+        from umarvel_ray.pipeline.check import print_plan
+
+        print_plan(settings, _view())
+        return
+    _with_ray(settings.runtime, lambda: run_recipe(settings, _view()))
+
+
+@app.command()
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    images: Annotated[str, typer.Option(help="none, exists or decode: how closely pictures are looked at.")] = "exists",
+) -> None:
+    """Data, settings and outputs of a run: every fault with file and line; nothing is started."""
+    from umarvel_ray.pipeline.check import check_run
+    from umarvel_ray.pipeline.run import load_run
+
+    faults = check_run(load_run(config, overrides or []), _view(), images=images)
+    if faults:
+        raise SystemExit(2)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where world, checkpoints and report go.")] = Path("demo"),
+    overrides: Overrides = None,
+) -> None:
+    """The whole recipe on a small rendered world, in minutes, on two cores; ends with a table and report.html."""
+    from umarvel_ray.pipeline.run import load_demo, run_recipe
+
+    settings = load_demo(output, overrides or [], _view())
+    _with_ray(settings.runtime, lambda: run_recipe(settings, _view()))
+
+
+def run_job(kind: str, config: Path, overrides: list[str], *, dry_run: bool = False) -> None:
+    """Run one job from its own settings file; see `umarvel JOB --help`."""
+    from umarvel_ray.pipeline.jobs import perform
+    from umarvel_ray.pipeline.run import load_job
+
+    settings, runtime = load_job(kind, config, overrides)
+    if dry_run:
+        from umarvel_ray.pipeline.check import print_settings
+
+        print_settings(settings, _view())
+        return
+    _with_ray(runtime, lambda: perform(kind, settings, runtime, _view()))
+
+
+def _with_ray(runtime: RuntimeSettings, work: Callable[[], Any]) -> None:
+    connect(runtime)
+    try:
+        work()
+    finally:
+        disconnect()
+
+
+def _view() -> Any:
+    from umarvel_ray.pipeline.view import View
+
+    return View()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `umarvel` and of the scripts in `jobs/`."""
+    prepare_environment()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    _quiet_libraries()
+    try:
+        app(arguments if arguments is not None else sys.argv[1:], standalone_mode=False)
+    except UmarvelError as error:
+        print(f"umarvel: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except typer.Abort:
+        raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        print("umarvel: stopped; the same command goes on from here.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # typer's own: a wrong option
+            print(f"umarvel: {error.format_message()}", file=sys.stderr)  # type: ignore[attr-defined]
+            raise SystemExit(2) from None
+        raise
+
+
+def _quiet_libraries() -> None:
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""World and backbone of the demonstration, made once under one folder."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from umarvel_ray.artifacts import changed_settings, read_json, write_json
+from umarvel_ray.config import Config
+from umarvel_ray.demo.backbone import BackboneConfig, make_backbone
+from umarvel_ray.demo.world import WorldConfig, make_world, world_texts
+from umarvel_ray.errors import OutputError
+
+_MADE = "demo.json"
+
+
+class DemoConfig(Config):
+    """What the demonstration is made of."""
+
+    world: WorldConfig
+    backbone: BackboneConfig
+
+
+def prepare_demo(config: DemoConfig, home: Path, *, progress: Callable[[float], Any] | None = None) -> bool:
+    """Make `home/world` and `home/backbone` unless they are there.
+
+    Args:
+        config: How large.
+        home: The demonstration's folder.
+        progress: Called with the share that is done.
+
+    Returns:
+        Whether there was anything to make.
+
+    Raises:
+        OutputError: `home` holds the world of other settings, or something else.
+    """
+    settings = config.model_dump(mode="json")
+    place = home / _MADE
+    if place.exists():
+        if changes := changed_settings(read_json(place), settings):
+            key, before, now = changes[0]
+            raise OutputError(
+                f"{home}: holds a world of other settings: {len(changes)} differ (first: {key} was {before!r}, is "
+                f"{now!r}). Give another --output, or remove this folder."
+            )
+        return False
+    if home.exists() and (strangers := sorted({item.name for item in home.iterdir()} - {"world", "backbone"})):
+        raise OutputError(f"{home}: holds files of something else (first: {strangers[0]}). Give another --output.")
+    make_world(config.world, home / "world", workers=os.cpu_count() or 1)
+    make_backbone(world_texts(home / "world"), home / "backbone", config.backbone)
+    write_json(place, settings)
+    return True

@@ -1,0 +1,68 @@
+"""What decides an embedding or a score, besides the weights. Importing this loads no torch."""
+
+from typing import Literal, Self
+
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
+
+from umarvel_ray.config import Config
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+
+class ImageSettings(Config):
+    """How large an image may be, in pixels after resizing."""
+
+    min_pixels: PositiveInt = 4 * 28 * 28
+    max_pixels: PositiveInt = 300 * 28 * 28
+    patch_size: PositiveInt = 14
+    merge_size: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _one_unit_fits(self) -> Self:
+        if self.max_pixels < max(self.min_pixels, self.unit**2):
+            raise ValueError(
+                f"max_pixels is {self.max_pixels}, less than min_pixels ({self.min_pixels}) or one image token "
+                f"({self.unit**2}). Raise max_pixels."
+            )
+        return self
+
+    @property
+    def unit(self) -> int:
+        """Pixels along one side of an image token."""
+        return self.patch_size * self.merge_size
+
+
+class EncoderSettings(Config):
+    """Everything that decides an embedding, besides the weights; stored as `embedding.json` with every checkpoint."""
+
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    pooling: Literal["mean", "last"] = "mean"
+    """`last` is the hidden state just before `<emb>`."""
+    compression_prompt: bool = False
+    """Ask for a summary "in one word": only the last-token ablations use it."""
+    instruction: Literal["masked", "pooled", "none"] = "masked"
+    """`masked`: read, but left out of the mean, markers included. `pooled`: plain words. `none`: not read."""
+    positions: Literal["sequential", "mrope"] = "sequential"
+    append_generation_prompt: bool = False
+    """The authors' evaluation did, their training did not."""
+    images: ImageSettings = ImageSettings()
+    max_text_tokens: PositiveInt = 480
+    """Tokens of a query (instruction included) or candidate text, cut before templating."""
+
+
+class RerankerSettings(Config):
+    """Everything that decides a score, besides the weights; stored as `reranker.json` with every checkpoint."""
+
+    prompt: Literal["plain", "authors"] = "plain"
+    """`authors` reproduces their literal, spaces and typing error included, for their checkpoint."""
+    images: ImageSettings = ImageSettings()
+    max_text_tokens: PositiveInt = 256
+    """Tokens of a query (instruction included) or candidate text."""
+
+
+class LoraSettings(Config):
+    """Low-rank adapters on every linear layer of the decoder."""
+
+    rank: PositiveInt = 128
+    alpha: PositiveInt = 256
+    dropout: NonNegativeFloat = 0.05

@@ -1,0 +1,301 @@
+"""One function per job. A job reads files, writes one folder, and may be run alone, again, or after a kill.
+
+Each takes its settings, who does the work, and where to show progress, and returns a summary for `done.json`.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from umarvel_ray.artifacts import (
+    DONE_FILE,
+    JOB_FILE,
+    claim_folder,
+    finish_folder,
+    fingerprint,
+    is_finished,
+    read_json,
+    write_json,
+)
+from umarvel_ray.config import Config
+from umarvel_ray.data.mbeir import Mbeir
+from umarvel_ray.data.sources import local_pool_source, pool_sources, query_source
+from umarvel_ray.data.trec import Qrels, Run
+from umarvel_ray.pipeline.settings import EvaluateConfig, MineConfig, ReportConfig
+from umarvel_ray.pipeline.view import View, short_time
+from umarvel_ray.retrieve.settings import EmbedConfig, RerankConfig, SearchConfig, run_path
+from umarvel_ray.runtime.cluster import RuntimeSettings
+from umarvel_ray.train.settings import StageConfig
+
+Summary = dict[str, Any]
+
+
+def train(config: StageConfig, runtime: RuntimeSettings, view: View) -> Summary:
+    """One training stage: data and a checkpoint → the next checkpoint."""
+    from umarvel_ray.runtime.training import run_stage
+    from umarvel_ray.train.stage import batch_plan, open_training_set
+
+    data = open_training_set(config)
+    num_steps = config.train.steps(batch_plan(config, data).steps_per_epoch)
+    last: dict[str, Any] = {}
+    with view.bar("training", num_steps) as bar:
+
+        def on_step(entry: dict[str, Any]) -> None:
+            last.update(entry)
+            temperature = f"  τ {entry['temperature']:.4f}" if "temperature" in entry else ""
+            bar.at(entry["step"], f"loss {entry['loss']:.3f}{temperature}  {entry['queries_per_s']:.0f} queries/s")
+
+        run_stage(config, runtime, on_step)
+    kept = ("loss", "temperature", "accuracy", "queries_per_s")
+    return {"steps": num_steps, "training_queries": len(data), **{key: last[key] for key in kept if key in last}}
+
+
+def embed(config: EmbedConfig, runtime: RuntimeSettings, view: View) -> Summary:
+    """Query sets and pools → embedding stores."""
+    from umarvel_ray.retrieve.embed import EmbeddingWorker, finish_stores, missing_shards
+    from umarvel_ray.runtime.pool import run_pool
+
+    tasks, rows_done = missing_shards(config)
+    rows = rows_done + sum(task.shard.num_rows for task in tasks)
+    started, tokens = time.perf_counter(), 0
+    with view.bar("embedding", rows) as bar:
+        bar.at(rows_done)
+        for answer in run_pool(tasks, _Make(EmbeddingWorker, config), runtime):
+            tokens += answer["tokens"]
+            bar.advance(answer["rows"], f"{tokens / (time.perf_counter() - started):,.0f} tokens/s")
+    finish_stores(config)
+    return {"rows": rows, "rows_found_finished": rows_done, "tokens": tokens}
+
+
+def search(config: SearchConfig, runtime: RuntimeSettings, view: View) -> Summary:
+    """Embedding stores → runs, local and global."""
+    from umarvel_ray.retrieve.embed import chosen_tasks
+    from umarvel_ray.runtime.searching import SearchTask, search
+
+    mbeir, stores = Mbeir(config.root), Path(config.embeddings)
+    tasks: list[SearchTask] = []
+    for request in config.requests:
+        chosen = chosen_tasks(mbeir, request.split, config.tasks)
+        everything = tuple(stores / source.name for source in pool_sources(mbeir, request.split, chosen))
+        for task in chosen:
+            pools = {"local": (stores / local_pool_source(mbeir, task, request.split).name,), "global": everything}
+            for scope in request.scopes:
+                tasks.append(
+                    SearchTask(
+                        queries=stores / query_source(mbeir, task, request.split).name,
+                        pools=pools[scope],
+                        k=request.depth,
+                        output=run_path(config.output, request.split, task.name, scope),
+                    )
+                )
+    with view.bar("searching", len(tasks)) as bar:
+        search(
+            tasks,
+            runtime=runtime.kind,
+            num_actors=runtime.num_actors,
+            query_block_rows=config.query_block_rows,
+            cpus_per_actor=runtime.cpus,
+            gpus_per_actor=runtime.gpus,
+            threads_per_actor=runtime.threads,
+            progress=lambda done, total: bar.at(done * len(tasks) / total),
+        )
+    return {"runs": len(tasks)}
+
+
+def mine(config: MineConfig, runtime: RuntimeSettings, view: View) -> Summary:
+    """Runs of the training queries → hard negatives by qid, with counts of all that was dropped."""
+    from umarvel_ray.retrieve.embed import chosen_tasks
+    from umarvel_ray.retrieve.mine import mine_run
+
+    mbeir = Mbeir(config.root)
+    tasks = chosen_tasks(mbeir, "train", config.tasks)
+    qrels: Qrels = {}
+    for dataset in mbeir.training_datasets():
+        qrels |= mbeir.training_qrels(dataset)
+    parts = [
+        (
+            task.name,
+            Run.read(run_path(config.search, "train", task.name, config.scope)),
+            Path(config.embeddings) / query_source(mbeir, task, "train").name,
+            [Path(config.embeddings) / source.name for source in pool_sources(mbeir, "train", tasks)],
+        )
+        for task in tasks
+    ]
+    mined, report = mine_run(parts, qrels, mbeir.global_pool("train"), config.mining, seed=config.seed)
+    mined.write(Path(config.output) / "negatives.arrow")
+    write_json(Path(config.output) / "mining_report.json", report)
+    return report["counts"]
+
+
+def rerank(config: RerankConfig, runtime: RuntimeSettings, view: View) -> Summary:
+    """Runs → P(Yes) of each hit → fused runs, and the teacher of the distillation."""
+    from umarvel_ray.evaluate.benchmark import evaluate_run
+    from umarvel_ray.retrieve.embed import chosen_tasks
+    from umarvel_ray.retrieve.rerank import RerankingWorker, fuse, merge_runs, plan_scores, tune_alpha
+    from umarvel_ray.runtime.pool import run_pool
+
+    plan = plan_scores(config)
+    missing = [task for task in plan if not task.part.exists()]
+    pairs, started = 0, time.perf_counter()
+    with view.bar("re-ranking", sum(len(task.rows) for task in plan)) as bar:
+        bar.at(sum(len(task.rows) for task in plan) - sum(len(task.rows) for task in missing))
+        for answer in run_pool(missing, _Make(RerankingWorker, config), runtime):
+            pairs += answer["pairs"]
+            bar.advance(answer["queries"], f"{pairs / (time.perf_counter() - started):,.0f} pairs/s")
+
+    mbeir, output = Mbeir(config.root), Path(config.output)
+    recall: dict[tuple[str, str, str], Run] = {}
+    scores: dict[tuple[str, str, str], Run] = {}
+    for key in dict.fromkeys((task.split, task.task, task.scope) for task in plan):
+        parts = [task for task in plan if (task.split, task.task, task.scope) == key]
+        recall[key] = Run.read(parts[0].run)
+        scores[key] = merge_runs([Run.read(part.part) for part in parts])
+    if config.alpha_from:
+        tuned = read_json(Path(config.alpha_from) / "alpha.json")
+    elif config.alpha == "tune":
+        on_val = {task: (recall[key], scores[key]) for key in scores for split, task, _ in [key] if split == "val"}
+        by_name = {task.name: task for task in chosen_tasks(mbeir, "val", config.tasks)}
+
+        def quality(name: str) -> Callable[[Run], float]:
+            qrels = mbeir.qrels(by_name[name], "val")
+            # The mean reciprocal rank feels every move; the headline of a few dozen queries hardly does.
+            return lambda run: evaluate_run(by_name[name], run, qrels)["mrr@10"]
+
+        tuned = tune_alpha(on_val, {name: quality(name) for name in on_val}, grid=[step / 20 for step in range(21)])
+    else:
+        tuned = {"alpha": config.alpha, "curve": []}
+    write_json(output / "alpha.json", tuned)
+    for key in scores:
+        fuse(recall[key], scores[key], tuned["alpha"]).write(run_path(output, *key))
+    taught = [Run.read(run_path(output, *key)) for key in scores if key[0] == "train"]
+    if taught:
+        merge_runs(taught).write(output / "teacher.arrow")
+    return {"pairs": sum(len(row) for run in scores.values() for row in run.dids), "alpha": tuned["alpha"]}
+
+
+def evaluate(config: EvaluateConfig, runtime: RuntimeSettings, view: View) -> Summary:
+    """Runs and qrels → `results.json`."""
+    from umarvel_ray.evaluate.benchmark import assemble_results, evaluate_run
+    from umarvel_ray.pipeline.versions import library_versions
+    from umarvel_ray.retrieve.embed import checkpoint_fingerprint, chosen_tasks
+
+    mbeir = Mbeir(config.root)
+    tasks = chosen_tasks(mbeir, config.split, config.tasks)
+    pools = {source.name: source for source in pool_sources(mbeir, config.split, tasks)}
+    dids = {name: {source[row].did for row in range(len(source))} for name, source in pools.items()}
+    everything = set().union(*dids.values())
+    measured = {}
+    for task in tasks:
+        qrels = mbeir.qrels(task, config.split)
+        pool_of = {"local": dids[local_pool_source(mbeir, task, config.split).name], "global": everything}
+        measured[task.name] = {
+            scope: evaluate_run(
+                task, Run.read(run_path(config.runs, config.split, task.name, scope)), qrels, pool_dids=pool_of[scope]
+            )
+            for scope in config.scopes
+        }
+    results = assemble_results(
+        measured,
+        stage=config.stage,
+        checkpoint={"path": config.checkpoint, "fingerprint": checkpoint_fingerprint(config.checkpoint)},
+        settings={"runs": _settings_of(config.runs), "split": config.split},
+        versions=library_versions(),
+    )
+    write_json(Path(config.output) / "results.json", results)
+    return {"mean": results["mean"], "flags": results["flags"]}
+
+
+def report(config: ReportConfig, runtime: RuntimeSettings, view: View) -> Summary:
+    """Everything measured → `report.html`, `report.md`, `report.json`."""
+    from umarvel_ray.evaluate.report import build_report
+
+    build_report(config, Path(config.output))
+    return {"page": str(Path(config.output) / "report.html")}
+
+
+JOBS: dict[str, tuple[type[Config], Callable[[Any, RuntimeSettings, View], Summary]]] = {
+    "train": (StageConfig, train),
+    "embed": (EmbedConfig, embed),
+    "search": (SearchConfig, search),
+    "mine": (MineConfig, mine),
+    "rerank": (RerankConfig, rerank),
+    "evaluate": (EvaluateConfig, evaluate),
+    "report": (ReportConfig, report),
+}
+"""By sub-command: what it is told, and what does it."""
+
+
+def perform(kind: str, config: Config, runtime: RuntimeSettings, view: View, *, title: str = "") -> bool:
+    """Run one job to its end, unless it is finished.
+
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        OutputError: The output folder belongs to a job with other settings.
+    """
+    output = Path(config.output)  # type: ignore[attr-defined]
+    title = title or kind
+    claim_folder(output, claimed_settings(kind, config))
+    if is_finished(output):
+        view.line(f"[dim]✓ {title}: finished before[/]")
+        return False
+    view.line(f"▸ {title}")
+    started = time.perf_counter()
+    summary = JOBS[kind][1](config, runtime, view)
+    seconds = time.perf_counter() - started
+    finish_folder(output, {**summary, "seconds": round(seconds, 2)})
+    figures = "  ".join(_figure(key, value) for key, value in summary.items() if isinstance(value, int | float))
+    view.line(f"[green]✓[/] {title}  [dim]{short_time(seconds)}  {figures}[/]")
+    return True
+
+
+def claimed_settings(kind: str, config: Config) -> dict[str, Any]:
+    """What decides a job's output: its settings, and what decided the outputs that it reads."""
+    settings = config.model_dump(mode="json", exclude={"output"})
+    inputs = {path: fingerprint(read_json(owner)) for path in _paths(settings) if (owner := _owner(path))}
+    return {"job": kind, "settings": settings, "inputs": inputs}
+
+
+def _paths(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [path for item in value.values() for path in _paths(item)]
+    if isinstance(value, list):
+        return [path for item in value for path in _paths(item)]
+    return [value] if isinstance(value, str) and value.startswith("/") else []
+
+
+def _owner(path: str) -> Path | None:
+    """The claim of the job in whose folder `path` lies."""
+    for folder in (Path(path), *Path(path).parents):
+        if (folder / JOB_FILE).is_file():
+            return folder / JOB_FILE
+    return None
+
+
+def _settings_of(path: str) -> Any:
+    owner = _owner(path)
+    return read_json(owner)["settings"] if owner else None
+
+
+def seconds_of(output: str | Path) -> float | None:
+    """How long a finished job took; None where it is not finished."""
+    done = Path(output) / DONE_FILE
+    return read_json(done).get("seconds") if done.exists() else None
+
+
+def _figure(key: str, value: float) -> str:
+    text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f"{key.replace('_', ' ')} {text}"
+
+
+class _Make:
+    """Makes a worker where it will live; travels as class and settings."""
+
+    def __init__(self, worker: type[Any], config: Config) -> None:
+        self._worker = worker
+        self._config = config
+
+    def __call__(self) -> Any:
+        return self._worker(self._config)

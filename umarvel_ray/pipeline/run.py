@@ -1,0 +1,132 @@
+"""From a settings file to a run: load, order, and do the recipe's jobs one after the other."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from umarvel_ray.artifacts import changed_settings, is_finished, read_json, write_json
+from umarvel_ray.config import Config, build_config, load_config
+from umarvel_ray.errors import ConfigError, OutputError
+from umarvel_ray.pipeline.jobs import JOBS, claimed_settings, perform, seconds_of
+from umarvel_ray.pipeline.settings import ReportConfig, RunConfig
+from umarvel_ray.pipeline.stages import Job, recipe
+from umarvel_ray.pipeline.versions import library_versions
+from umarvel_ray.pipeline.view import View, short_time
+from umarvel_ray.runtime.cluster import RuntimeSettings
+
+RUN_FILE = "run.json"
+DEMO_CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
+
+
+def load_run(config: Path, overrides: Sequence[str]) -> RunConfig:
+    """Settings of a whole run."""
+    return load_config(config, RunConfig, overrides)
+
+
+def load_job(kind: str, config: Path, overrides: Sequence[str]) -> tuple[Any, RuntimeSettings]:
+    """Settings of one job, and its `runtime` section."""
+    schema = JOBS[kind][0]
+
+    class JobFile(schema):  # type: ignore[misc, valid-type]
+        runtime: RuntimeSettings = RuntimeSettings()
+
+    loaded = load_config(config, JobFile, overrides)
+    values = {name: getattr(loaded, name) for name in schema.model_fields}
+    return schema.model_construct(**values), loaded.runtime
+
+
+def load_demo(output: Path, overrides: Sequence[str], view: View) -> RunConfig:
+    """Settings of the demonstration under `output`, its world and backbone made where they are missing."""
+    from umarvel_ray.demo.prepare import DemoConfig, prepare_demo
+
+    if not DEMO_CONFIG.exists():
+        raise ConfigError(f"{DEMO_CONFIG}: the demonstration's settings are missing. Run from a clone of the repository.")
+    home = output.resolve()
+    places = [
+        f"output={home}/run",
+        f"backbone={home}/backbone",
+        f"data.root={home}/world/M-BEIR",
+        f"data.nli={home}/world/nli/nli_for_simcse.csv",
+        f"data.captions={home}/world/cc3m/chat.json",
+        f"data.caption_images={home}/world/cc3m/images",
+    ]
+    run = load_run(DEMO_CONFIG, [*places, *overrides])
+    world = load_config(DEMO_CONFIG.with_name("demo_world.yaml"), DemoConfig)
+    started = time.perf_counter()
+    if prepare_demo(world, home):
+        view.line(f"[green]✓[/] world and backbone  [dim]{short_time(time.perf_counter() - started)}  {home}[/]")
+    return run
+
+
+def run_recipe(run: RunConfig, view: View) -> None:
+    """Do all jobs of a run; the finished ones are passed over.
+
+    Raises:
+        OutputError: The output folder belongs to a run with other settings.
+    """
+    output = Path(run.output)
+    claim_run(output, run)
+    jobs = recipe(run)
+    finished = sum(is_finished(job.config.output) for job in jobs)  # type: ignore[attr-defined]
+    view.line(f"[bold]{run.title}[/]: {len(jobs)} jobs, {finished} finished before, output {output}")
+    for job in jobs:
+        config = _with_facts(job.config, run, jobs) if isinstance(job.config, ReportConfig) else job.config
+        perform(job.kind, config, run.runtime, view, title=job.title)
+    _print_end(jobs, view)
+
+
+def claim_run(output: Path, run: RunConfig) -> None:
+    """A run owns its folder as a job owns its own; who does the work may change."""
+    settings = json.loads(run.model_dump_json(exclude={"output", "runtime", "title"}))
+    place = output / RUN_FILE
+    if place.exists():
+        if changes := changed_settings(read_json(place), settings):
+            key, before, now = changes[0]
+            raise OutputError(
+                f"{output}: made with other settings: {len(changes)} differ (first: {key} was {before!r}, is {now!r}). "
+                "Give another output, or remove this folder to start again."
+            )
+        return
+    if output.exists() and any(not item.name.startswith(".") for item in output.iterdir()):
+        first = sorted(item.name for item in output.iterdir() if not item.name.startswith("."))[0]
+        raise OutputError(f"{output}: holds files of something else (first: {first}). Give another output folder.")
+    write_json(place, settings)
+
+
+def _with_facts(config: ReportConfig, run: RunConfig, jobs: Sequence[Job]) -> ReportConfig:
+    """The report's foot: how the run was made."""
+    times = {job.title: seconds for job in jobs if (seconds := seconds_of(job.config.output)) is not None}  # type: ignore[attr-defined]
+    facts = {
+        "seed": run.seed,
+        "runtime": f"{run.runtime.kind}, {run.runtime.num_workers} workers, {run.runtime.num_actors} actors",
+        "machine": f"{os.cpu_count()} CPUs",
+        "versions": library_versions(),
+        "wall time": {title: short_time(seconds) for title, seconds in times.items()},
+    }
+    return config.model_copy(update={"facts": facts})
+
+
+def _print_end(jobs: Sequence[Job], view: View) -> None:
+    from umarvel_ray.evaluate.benchmark import print_results_table
+
+    results = [Path(job.config.output) / "results.json" for job in jobs if job.kind == "evaluate"]  # type: ignore[attr-defined]
+    if results:
+        print_results_table([read_json(path) for path in results], console=view.console)
+    for job in jobs:
+        if job.kind == "report":
+            view.line(f"report: {job.config.output}/report.html")  # type: ignore[attr-defined]
+    seconds = [seconds_of(job.config.output) or 0 for job in jobs]  # type: ignore[attr-defined]
+    view.line(f"all jobs together: {short_time(sum(seconds))}")
+
+
+def settings_of_jobs(run: RunConfig) -> dict[str, dict[str, Any]]:
+    """What each job of a run would claim its folder with."""
+    return {job.name: claimed_settings(job.kind, job.config) for job in recipe(run)}
+
+
+def rebuild(schema: type[Config], values: dict[str, Any]) -> Config:
+    """Settings from a `job.json`."""
+    return build_config(values, schema)

@@ -1,0 +1,152 @@
+"""Settings of the jobs that have no room of their own, and of a whole run. Importing this loads no torch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from umarvel_ray.config import Config, PathSetting
+from umarvel_ray.data.sources import InstructionChoice
+from umarvel_ray.evaluate.report import ReportInputs
+from umarvel_ray.model.settings import EncoderSettings, RerankerSettings
+from umarvel_ray.retrieve.mine import MiningConfig
+from umarvel_ray.retrieve.settings import Scope, Split
+from umarvel_ray.runtime.cluster import RuntimeSettings
+from umarvel_ray.train.settings import ContrastiveSettings, RerankerTrainSettings, TrainSettings
+
+
+class MineConfig(Config):
+    """Settings of one mining job: runs of the training queries → hard negatives by qid."""
+
+    search: PathSetting
+    """Folder of a search job."""
+    embeddings: PathSetting
+    """Folder of the embeddings that were searched: the positives' own scores come from there."""
+    output: PathSetting
+    root: PathSetting
+    scope: Scope = "global"
+    tasks: tuple[str, ...] | None = None
+    mining: MiningConfig
+    seed: NonNegativeInt
+
+
+class EvaluateConfig(Config):
+    """Settings of one evaluation job: runs and qrels → `results.json`."""
+
+    stage: str
+    """What the column is called."""
+    checkpoint: PathSetting
+    """Whose runs these are; named in the results."""
+    runs: PathSetting
+    """Folder of a search or scoring job."""
+    output: PathSetting
+    root: PathSetting
+    split: Split = "test"
+    scopes: tuple[Scope, ...] = ("local", "global")
+    tasks: tuple[str, ...] | None = None
+
+
+class ReportConfig(ReportInputs):
+    """Settings of the report job."""
+
+    output: PathSetting
+
+
+class DataSettings(Config):
+    """Where a run's data is."""
+
+    root: PathSetting
+    """M-BEIR's."""
+    nli: PathSetting
+    """Sentence pairs of stage 1a."""
+    captions: PathSetting
+    """Captions of stage 1b."""
+    caption_images: PathSetting
+    tasks: tuple[str, ...] | None = None
+    """Evaluate on these tasks only; all that have files by default."""
+
+
+class TrainedStage(Config):
+    """What a training stage may set; where it starts and what it reads, the recipe says."""
+
+    train: TrainSettings
+    loss: ContrastiveSettings = ContrastiveSettings()
+    seed_offset: NonNegativeInt = 0
+
+
+class HardStage(TrainedStage):
+    """Stage 2."""
+
+    num_negatives: PositiveInt = 5
+    mining: MiningConfig
+
+
+class RerankerStage(Config):
+    """The reranker: its training lists, and the lists it scores."""
+
+    train: TrainSettings
+    pairs: RerankerTrainSettings = RerankerTrainSettings()
+    start: Literal["backbone", "text", "align", "instruct", "hard"] = "backbone"
+    """The paper starts from the stock model; a backbone of random weights needs one that has learned to see."""
+    mining: MiningConfig
+    depth: PositiveInt = 50
+    """Hits re-scored per query, in validation and test."""
+    scopes: tuple[Scope, ...] = ("local", "global")
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["tune"] = "tune"
+
+
+class DistilStage(TrainedStage):
+    """Stage 3."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Of the training queries, the same of each task."""
+    depth: PositiveInt = 50
+    """Candidates in a query's list."""
+
+
+class StageSettings(Config):
+    """The recipe's stages, in order."""
+
+    text: TrainedStage
+    align: TrainedStage
+    instruct: TrainedStage
+    hard: HardStage
+    reranker: RerankerStage
+    distil: DistilStage
+
+
+class RetrievalSettings(Config):
+    """How every embedding and search job of a run works."""
+
+    rows_per_shard: PositiveInt = 8192
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    max_tokens: PositiveInt = 8192
+    depth: PositiveInt = 100
+    instruction: InstructionChoice = "first"
+    queries_per_shard: PositiveInt = 64
+    query_block_rows: PositiveInt = 1024
+
+
+class RunConfig(Config):
+    """A whole run: the staged recipe on one set of data."""
+
+    title: str
+    output: PathSetting
+    seed: NonNegativeInt
+    backbone: PathSetting
+    data: DataSettings
+    encoder: EncoderSettings = EncoderSettings()
+    reranker: RerankerSettings = RerankerSettings()
+    stages: StageSettings
+    retrieval: RetrievalSettings = RetrievalSettings()
+    controls: tuple[Literal["in_batch", "unfiltered", "own_negatives", "continue_hard"], ...] = ()
+    """Ablations beside the recipe: more steps without hard negatives; hard negatives without filter; without in-batch
+    negatives (Table 5); the distillation's data as hard negatives (Table 6)."""
+    evaluate_stages: tuple[Literal["text", "align", "instruct", "hard", "reranked", "distil", "distil_reranked"], ...] = (
+        "instruct",
+        "hard",
+        "reranked",
+        "distil",
+        "distil_reranked",
+    )
+    """Columns of the report."""
+    runtime: RuntimeSettings = RuntimeSettings()

@@ -1,0 +1,277 @@
+"""The staged recipe as data: which job feeds which. Section and table numbers are the paper's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from umarvel_ray.config import Config
+from umarvel_ray.evaluate.report import MiningInput, StageInput, TrainingInput
+from umarvel_ray.pipeline.settings import (
+    EvaluateConfig,
+    MineConfig,
+    ReportConfig,
+    RunConfig,
+    TrainedStage,
+)
+from umarvel_ray.retrieve.mine import MiningConfig
+from umarvel_ray.retrieve.settings import (
+    EmbedConfig,
+    RerankConfig,
+    RerankRequest,
+    SearchConfig,
+    SearchRequest,
+    Split,
+)
+from umarvel_ray.train.settings import CHECKPOINT, CaptionData, MbeirData, NliData, StageConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step of a run: what to do, and all that decides it."""
+
+    name: str
+    kind: str
+    title: str
+    config: Config
+
+
+def recipe(run: RunConfig) -> list[Job]:
+    """All jobs of a run, in an order in which each finds what it reads."""
+    plan = _Plan(run)
+    stages, data = run.stages, run.data
+    mbeir = MbeirData(kind="mbeir", root=data.root)
+
+    # 3.1 Progressive transition: text retrieval, cross-modal alignment, instruction tuning.
+    text = plan.train("text", "1a text retrieval", run.backbone, NliData(kind="nli", path=data.nli), stages.text)
+    captions = CaptionData(kind="captions", path=data.captions, image_root=data.caption_images)
+    align = plan.train("align", "1b cross-modal alignment", text, captions, stages.align)
+    instruct = plan.train("instruct", "1c instruction tuning", align, mbeir, stages.instruct)
+    found = plan.retrieve("instruct", instruct, ("train", "test"), train_scope="global")
+    plan.evaluate("instruct", "1c instruct", instruct, found)
+
+    # 3.2 Hard negatives, filtered, beside in-batch ones.
+    negatives = plan.mine("negatives", found, "global", stages.hard.mining)
+    hard_data = mbeir.model_copy(
+        update={"lists": f"{negatives}/negatives.arrow", "num_negatives": stages.hard.num_negatives}
+    )
+    hard = plan.train("hard", "2 hard negatives", instruct, hard_data, stages.hard)
+    found_hard = plan.retrieve("hard", hard, ("train", "val", "test"), train_scope="local")
+    plan.evaluate("hard", "2 hard negatives", hard, found_hard)
+
+    # 3.3 A reranker on what stage 2 finds; fused with it, it is the teacher.
+    start = run.backbone if stages.reranker.start == "backbone" else plan.checkpoint(stages.reranker.start)
+    lists = plan.mine("reranker_lists", found_hard, "local", stages.reranker.mining)
+    reranker = plan.train_reranker("reranker", start, mbeir.model_copy(update={"lists": f"{lists}/negatives.arrow"}))
+    depth, scopes = stages.reranker.depth, stages.reranker.scopes
+    scored = plan.rerank(
+        "reranked",
+        reranker,
+        found_hard,
+        [
+            RerankRequest(split="val", depth=depth),
+            RerankRequest(split="train", depth=stages.distil.depth, share=stages.distil.share),
+            RerankRequest(split="test", depth=depth, scopes=scopes),
+        ],
+    )
+    plan.evaluate("reranked", "2 + rerank", reranker, scored)
+
+    # 3.3 Distillation into one encoder; 4, U-MARVEL+: the distilled model's hits re-ranked.
+    teacher = mbeir.model_copy(update={"lists": f"{scored}/teacher.arrow", "list_role": "teacher"})
+    distil = plan.train("distil", "3 distillation", hard, teacher, stages.distil)
+    found_distil = plan.retrieve("distil", distil, ("test",))
+    plan.evaluate("distil", "3 distilled", distil, found_distil)
+    if "distil_reranked" in run.evaluate_stages:
+        request = RerankRequest(split="test", depth=depth, scopes=scopes)
+        scored_distil = plan.rerank("distil_reranked", reranker, found_distil, [request], alpha_from=scored)
+        plan.evaluate("distil_reranked", "3 + rerank", reranker, scored_distil)
+
+    # Tables 5 and 6: the same steps and batches with something left out.
+    if "in_batch" in run.controls:
+        plan.control("in_batch", "2 in-batch only", instruct, mbeir, stages.hard)
+    if "unfiltered" in run.controls:
+        rule = stages.hard.mining.model_copy(update={"rule": "none", "value": None})
+        unfiltered = plan.mine("negatives_unfiltered", found, "global", rule)
+        unfiltered_data = hard_data.model_copy(update={"lists": f"{unfiltered}/negatives.arrow"})
+        plan.control("unfiltered", "2 unfiltered", instruct, unfiltered_data, stages.hard)
+    if "own_negatives" in run.controls:
+        plan.control("own_negatives", "2 own negatives", instruct, hard_data, stages.hard, negatives="own")
+    if "continue_hard" in run.controls:
+        same_lists = mbeir.model_copy(update={"lists": f"{scored}/teacher.arrow"})
+        plan.control("continue_hard", "3 continue-hard", hard, same_lists, stages.distil, kind="info_nce", negatives="own")
+
+    plan.report()
+    return plan.jobs
+
+
+class _Plan:
+    """Collects jobs; each method adds one and returns where its product will be."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self._run = run
+        self.jobs: list[Job] = []
+        self._columns: list[StageInput] = []
+        self._curves: list[TrainingInput] = []
+        self._mining: list[MiningInput] = []
+
+    def _folder(self, kind: str, name: str) -> str:
+        return str(Path(self._run.output) / kind / name)
+
+    def checkpoint(self, stage: str) -> str:
+        """Where a training stage leaves its checkpoint."""
+        return str(Path(self._folder("train", stage)) / CHECKPOINT)
+
+    def _add(self, kind: str, name: str, title: str, config: Config) -> None:
+        self.jobs.append(Job(name=f"{kind}/{name}", kind=kind, title=title, config=config))
+
+    def train(self, name: str, title: str, start: str, data: Any, stage: TrainedStage, **loss: Any) -> str:
+        """A stage of the encoder; returns its checkpoint."""
+        folder = self._folder("train", name)
+        config = StageConfig(
+            start=start,
+            output=folder,
+            seed=self._run.seed + stage.seed_offset,
+            data=data,
+            train=stage.train,
+            loss=stage.loss.model_copy(update=loss),
+            encoder=self._run.encoder if start == self._run.backbone else None,
+        )
+        self._add("train", name, f"train {title}", config)
+        self._curves.append(TrainingInput(title=title, metrics=f"{folder}/metrics.jsonl"))
+        return self.checkpoint(name)
+
+    def train_reranker(self, name: str, start: str, data: MbeirData) -> str:
+        """The reranker; returns its checkpoint."""
+        stage, folder = self._run.stages.reranker, self._folder("train", name)
+        config = StageConfig(
+            model="reranker",
+            start=start,
+            output=folder,
+            seed=self._run.seed,
+            data=data,
+            train=stage.train,
+            pairs=stage.pairs,
+            reranker=self._run.reranker,
+        )
+        self._add("train", name, "train reranker", config)
+        self._curves.append(TrainingInput(title="reranker", metrics=f"{folder}/metrics.jsonl"))
+        return self.checkpoint(name)
+
+    def retrieve(self, name: str, checkpoint: str, splits: Sequence[Split], train_scope: str = "") -> str:
+        """Embed the splits' queries and pools and search them; returns the folder of runs."""
+        how, root, tasks = self._run.retrieval, self._run.data.root, self._run.data.tasks
+        embeddings, output = self._folder("embed", name), self._folder("search", name)
+        self._add(
+            "embed",
+            name,
+            f"embed with {name}",
+            EmbedConfig(
+                checkpoint=checkpoint,
+                output=embeddings,
+                root=root,
+                splits=tuple(splits),
+                tasks=tasks,
+                instruction=how.instruction,
+                seed=self._run.seed,
+                rows_per_shard=how.rows_per_shard,
+                dtype=how.dtype,
+                max_tokens=how.max_tokens,
+            ),
+        )
+        scopes = {"train": (train_scope,), "val": ("local",), "test": ("local", "global")}
+        self._add(
+            "search",
+            name,
+            f"search with {name}",
+            SearchConfig(
+                embeddings=embeddings,
+                output=output,
+                root=root,
+                requests=tuple(
+                    SearchRequest.model_validate({"split": s, "scopes": scopes[s], "depth": how.depth}) for s in splits
+                ),
+                tasks=tasks,
+                query_block_rows=how.query_block_rows,
+            ),
+        )
+        return output
+
+    def mine(self, name: str, search: str, scope: Any, mining: MiningConfig) -> str:
+        """Hard negatives of the training queries; returns the folder."""
+        folder = self._folder("mine", name)
+        config = MineConfig(
+            search=search,
+            embeddings=self._folder("embed", Path(search).name),
+            output=folder,
+            root=self._run.data.root,
+            scope=scope,
+            tasks=self._run.data.tasks,
+            mining=mining,
+            seed=self._run.seed,
+        )
+        self._add("mine", name, f"mine {name.replace('_', ' ')}", config)
+        self._mining.append(MiningInput(title=name.replace("_", " "), report=f"{folder}/mining_report.json"))
+        return folder
+
+    def rerank(
+        self, name: str, reranker: str, runs: str, requests: Sequence[RerankRequest], alpha_from: str | None = None
+    ) -> str:
+        """Score and fuse runs; returns the folder of fused ones."""
+        how, folder = self._run.retrieval, self._folder("rerank", name)
+        config = RerankConfig(
+            checkpoint=reranker,
+            output=folder,
+            root=self._run.data.root,
+            runs=runs,
+            requests=tuple(requests),
+            tasks=self._run.data.tasks,
+            seed=self._run.seed,
+            alpha=None if alpha_from else self._run.stages.reranker.alpha,
+            alpha_from=alpha_from,
+            instruction=how.instruction,
+            queries_per_shard=how.queries_per_shard,
+            max_tokens=how.max_tokens,
+        )
+        self._add("rerank", name, f"re-rank: {name.replace('_', ' ')}", config)
+        return folder
+
+    def evaluate(self, name: str, title: str, checkpoint: str, runs: str) -> None:
+        """Results of a stage on the test split, if the run wants that column."""
+        if name not in (*self._run.evaluate_stages, *self._run.controls):
+            return
+        folder = self._folder("evaluate", name)
+        config = EvaluateConfig(
+            stage=title,
+            checkpoint=checkpoint,
+            runs=runs,
+            output=folder,
+            root=self._run.data.root,
+            scopes=self._run.stages.reranker.scopes if "reranked" in name else ("local", "global"),
+            tasks=self._run.data.tasks,
+        )
+        self._add("evaluate", name, f"evaluate {title}", config)
+        self._columns.append(
+            StageInput(name=name, title=title, results=f"{folder}/results.json", runs=f"{runs}/test")
+        )
+
+    def control(self, name: str, title: str, start: str, data: Any, stage: TrainedStage, **loss: Any) -> None:
+        """A stage trained with something left out, and its results."""
+        checkpoint = self.train(name, title, start, data, stage, **loss)
+        self.evaluate(name, title, checkpoint, self.retrieve(name, checkpoint, ("test",)))
+
+    def report(self) -> None:
+        """The page about everything."""
+        names = [column.name for column in self._columns]
+        if not names:
+            return
+        config = ReportConfig(
+            title=self._run.title,
+            output=self._folder("report", "report"),
+            data=self._run.data.root,
+            stages=tuple(self._columns),
+            training=tuple(self._curves),
+            mining=tuple(self._mining),
+            before=names[0],
+            after="distil" if "distil" in names else names[-1],
+        )
+        self._add("report", "report", "report", config)

@@ -1,0 +1,119 @@
+"""How a stage trains: data, loss, length, speed. Importing this loads no torch."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from umarvel_ray.config import Config, PathSetting
+from umarvel_ray.model.settings import DtypeName, EncoderSettings, LoraSettings, RerankerSettings
+
+CHECKPOINT = "checkpoint"
+"""Name of the finished checkpoint in a stage's folder."""
+
+
+class TrainSettings(Config):
+    """How long and how fast to train, and what."""
+
+    trainable: Literal["lora", "full"] = "lora"
+    lora: LoraSettings = LoraSettings()
+    learn_temperature: bool = False
+    batch_size: PositiveInt
+    """Queries per optimizer step, over all workers."""
+    num_steps: PositiveInt | None = None
+    num_epochs: PositiveFloat | None = None
+    learning_rate: PositiveFloat
+    warmup_ratio: NonNegativeFloat = 0.03
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    max_tokens: PositiveInt = 8192
+    """Token budget of a chunk: the largest that fits in memory is the fastest."""
+    save_every: PositiveInt = 100
+    """Steps between training states on disk."""
+    keep_last: PositiveInt = 2
+    cache_inputs_bytes: NonNegativeInt = Field(default=256 * 2**20)
+    """Memory for prepared records, per worker."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.num_steps is None) == (self.num_epochs is None):
+            raise ValueError("give either num_steps or num_epochs, not both and not neither")
+        return self
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps in all."""
+        return self.num_steps or max(1, round((self.num_epochs or 0) * steps_per_epoch))
+
+
+class ContrastiveSettings(Config):
+    """Which loss, over which negatives."""
+
+    kind: Literal["info_nce", "distillation"] = "info_nce"
+    negatives: Literal["batch", "own"] = "batch"
+    """`batch`: all candidates of the global batch, hard negatives of every query included. `own`: the query's own
+    list alone (Table 5 ID 0, and the continue-hard control)."""
+    candidate_to_query: NonNegativeFloat = 0.0
+    """Weight of the second direction; stage 1b uses 1."""
+    mask_false_negatives: bool = True
+    """Never push a query from its other positives or copies of them. Off reproduces the authors' code."""
+    teacher_temperature: PositiveFloat | None = None
+    """Of the teacher's scores in distillation; by default the student's, without gradient."""
+
+
+class RerankerTrainSettings(Config):
+    """How many pairs a query gives."""
+
+    negatives_per_positive: PositiveInt = 1
+    """Drawn afresh at each visit from the query's mined list."""
+    positive_weight: NonNegativeFloat = 1.0
+    """Weight of a positive pair's loss, relative to a negative's."""
+
+
+class NliData(Config):
+    """Sentence pairs, stage 1a."""
+
+    kind: Literal["nli"]
+    path: PathSetting
+    use_hard_negatives: bool = False
+    """Also push from the file's contradicting sentence; paper and peers do not."""
+
+
+class CaptionData(Config):
+    """Caption and picture pairs, stage 1b."""
+
+    kind: Literal["captions"]
+    path: PathSetting
+    image_root: PathSetting
+
+
+class MbeirData(Config):
+    """M-BEIR's training queries with in-batch negatives, mined negatives, or teacher scores."""
+
+    kind: Literal["mbeir"]
+    root: PathSetting
+    lists: PathSetting | None = None
+    """A run: mined negatives, or a teacher's scores."""
+    list_role: Literal["negatives", "teacher"] = "negatives"
+    num_negatives: PositiveInt | None = None
+    """Of a list, how many a visit shows, best first; all by default."""
+    tasks: tuple[str, ...] | None = None
+    """Train on these tasks only."""
+
+
+class StageConfig(Config):
+    """Settings of one training job."""
+
+    model: Literal["encoder", "reranker"] = "encoder"
+    start: PathSetting
+    """A stock backbone or the checkpoint of the stage before."""
+    output: PathSetting
+    seed: NonNegativeInt
+    data: Annotated[NliData | CaptionData | MbeirData, Field(discriminator="kind")]
+    train: TrainSettings
+    loss: ContrastiveSettings = ContrastiveSettings()
+    pairs: RerankerTrainSettings = RerankerTrainSettings()
+    encoder: EncoderSettings | None = None
+    """For a stock backbone; a checkpoint brings its own."""
+    reranker: RerankerSettings | None = None
+    temperature: PositiveFloat | None = None
+    """τ to start from; by default the checkpoint's, or 0.05."""
+    dtype: DtypeName = "float32"
