@@ -53,7 +53,7 @@ def train(
     on_step: Callable[[dict[str, Any]], None] = lambda entry: None,
 ) -> None:
     """Train `task.model` to the end, from its newest state on disk if there is one."""
-    optimizer = make_optimizer(task.model, weight_decay=settings.weight_decay)
+    optimizer = make_optimizer(task.model, weight_decay=settings.weight_decay, betas=settings.betas)
     first = restore_latest(output / "states", task.model, optimizer)
     log = MetricsLog(output / "metrics.jsonl", steps_done=first) if lanes.leads else None
     task.model.train()

@@ -8,15 +8,15 @@ from torch import nn
 from umarvel_ray.errors import TrainingError
 
 
-def make_optimizer(model: nn.Module, *, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, β (0.9, 0.999), ε 1e-8; scalars and vectors, the temperature among them, are not decayed."""
+def make_optimizer(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW with ε 1e-8; scalars and vectors, the temperature among them, are not decayed."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8
+        [group for group in groups if group["params"]], lr=0.0, betas=betas, eps=1e-8
     )
 
 

@@ -24,6 +24,8 @@ class TrainSettings(Config):
     learning_rate: PositiveFloat
     warmup_ratio: NonNegativeFloat = 0.03
     weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.999)
+    """AdamW's; a short training from random weights wants the second lower."""
     max_grad_norm: PositiveFloat = 1.0
     max_tokens: PositiveInt = 8192
     """Token budget of a chunk: the largest that fits in memory is the fastest."""
