@@ -224,10 +224,10 @@ class _Part:
     def _error(self, tile: _Tile, dtype: torch.dtype) -> tuple[Tensor, float]:
         """Bounds of |tile score − exact score|: (absolute, float64 per query; relative to the tile score).
 
-        """Bounds of |tile score − exact score|: (absolute, float64 per query; relative to the tile score).
-        the exact score: D + 4 roundings of at most the product of the lengths. A bfloat16 result, of 8
-        significant bits: half a unit in the last place. The factor 1.01 covers second-order terms and the
-        rounding of the bounds themselves.
+        Rounded inputs: Cauchy-Schwarz on the residuals. float32 sums in any order, and the rounding of the
+        exact score: D + 4 roundings of at most the product of the lengths. A bfloat16 result, of 8 significant
+        bits: half a unit in the last place. The factor 1.01 covers second-order terms and the rounding of the
+        bounds themselves.
         """
         width = self._queries_QD.shape[1]
         inputs_Q = self._residuals_Q * tile.length + self._lengths_Q * tile.residual
