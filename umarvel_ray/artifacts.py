@@ -1,7 +1,7 @@
 """How anything reaches the disk: whole or not at all, and with a manifest that says what decided it.
 
-A job owns one folder. `job.json` is written when it starts and claims the folder for its settings; `done.json`
-is written last and makes the job finished. Files between them appear by rename.
+A job owns one folder. `job.json` is written when it starts and claims the folder for its settings;
+`done.json` is written last and makes the job finished. Files between them appear by rename.
 """
 
 import hashlib
@@ -85,7 +85,9 @@ def read_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise OutputError(f"{path}:{error.lineno}: not valid JSON ({error.msg}). Remove the file and run again.") from None
+        raise OutputError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}). Remove the file and run again."
+        ) from None
 
 
 def changed_settings(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -110,7 +112,8 @@ def claim_folder(folder: str | os.PathLike, settings: Mapping[str, Any]) -> None
         if changes := changed_settings(read_json(job_file), json.loads(json.dumps(settings))):
             key, before, now = changes[0]
             raise OutputError(
-                f"{folder}: made with other settings: {len(changes)} differ (first: {key} was {before!r}, is {now!r}). "
+                f"{folder}: made with other settings: {len(changes)} differ "
+                f"(first: {key} was {before!r}, is {now!r}). "
                 "Give another output folder, or remove this one to start again."
             )
         return

@@ -60,16 +60,22 @@ def load_config(path: str | os.PathLike, schema: type[ConfigT], overrides: Seque
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: the config cannot be read ({error.strerror}). Give the path of a YAML file.") from None
+        raise ConfigError(
+            f"{path}: the config cannot be read ({error.strerror}). Give the path of a YAML file."
+        ) from None
     try:
         values = yaml.safe_load(text)
         lines = _key_lines(yaml.compose(text, Loader=yaml.SafeLoader))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML ({getattr(error, 'problem', error)}). Mend the line.") from None
+        raise ConfigError(
+            f"{where}: not valid YAML ({getattr(error, 'problem', error)}). Mend the line."
+        ) from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a config is a mapping of settings, this file holds {type(values).__name__}.")
+        raise ConfigError(
+            f"{path}: a config is a mapping of settings, this file holds {type(values).__name__}."
+        )
     values = _expand_variables(values, where=str(path))
     for override in overrides:
         _apply_override(values, override)
@@ -84,7 +90,7 @@ def build_config(
     where: str = "settings",
     lines: dict[str, int] | None = None,
 ) -> ConfigT:
-    """Validate `values` as `schema`; a fault becomes one ConfigError line that names the first key and the count."""
+    """Validate `values` as `schema`; faults become one ConfigError line: the first key, and how many."""
     try:
         return schema.model_validate(values, context={"base": str(base) if base else None})
     except ValidationError as error:
@@ -118,7 +124,10 @@ def _prefixes(key: str) -> list[str]:
 def _known_keys(schema: Any, loc: Sequence[int | str]) -> list[str]:
     """Field names at `loc`, where the schema's annotations lead there; empty where they do not."""
     for part in loc:
-        if not (isinstance(schema, type) and issubclass(schema, BaseModel)) or part not in schema.model_fields:
+        if (
+            not (isinstance(schema, type) and issubclass(schema, BaseModel))
+            or part not in schema.model_fields
+        ):
             return []
         schema = schema.model_fields[str(part)].annotation
     return list(schema.model_fields) if isinstance(schema, type) and issubclass(schema, BaseModel) else []
@@ -149,7 +158,9 @@ def _expand_variables(value: Any, *, where: str) -> Any:
     def look_up(match: re.Match[str]) -> str:
         name = match.group(1)
         if name not in os.environ:
-            raise ConfigError(f"{where}: ${{{name}}} is not set in the environment. Export {name} or write the value.")
+            raise ConfigError(
+                f"{where}: ${{{name}}} is not set in the environment. Export {name} or write the value."
+            )
         return os.environ[name]
 
     return _VARIABLE.sub(look_up, value)
@@ -171,7 +182,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         last = depth == len(parts) - 1
         if isinstance(target, list):
             if not part.isdigit() or int(part) >= len(target):
-                raise ConfigError(f"override {override!r}: {part!r} is not an index into a list of {len(target)}.")
+                raise ConfigError(
+                    f"override {override!r}: {part!r} is not an index into a list of {len(target)}."
+                )
             index: Any = int(part)
         elif isinstance(target, dict):
             index = part

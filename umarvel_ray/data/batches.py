@@ -56,7 +56,7 @@ class TrainingSet(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """Rows of every global batch: a fresh order each epoch, the rest that fills no batch left out of that epoch."""
+    """Rows of every global batch: a fresh order each epoch; what fills no batch is left out of that epoch."""
 
     num_rows: int
     batch_size: int
@@ -89,7 +89,8 @@ class ContrastiveBatch:
         records: N records: the queries in batch order, then the different candidates.
         num_queries: Q.
         positive_Q: int64, column of each query's positive.
-        false_QC: bool, columns that are no negatives of a query: its other positives and copies of any of them.
+        false_QC: bool, columns that are no negatives of a query: its other positives and copies of
+            any of them.
         others_QK: int64, columns of each query's list; -1 beyond its end.
         teacher_QK: float32 scores of the list; None without a teacher.
     """
@@ -116,7 +117,7 @@ class ContrastiveBatch:
 
 
 def build_batch(data: TrainingSet, rows: np.ndarray, *, visit: int) -> ContrastiveBatch:
-    """Lay out one global batch: candidates of identical content share a column, and no positive serves as a negative."""
+    """Lay out one global batch: identical content shares a column, and no positive serves as a negative."""
     items = [data.item(int(row), visit=visit) for row in rows]
     column_of: dict[Hashable, int] = {}
     candidates: list[Candidate] = []
@@ -169,7 +170,7 @@ def token_cost(record: Query | Candidate, *, image_tokens: int = 128) -> int:
 
 
 def deal(costs: Sequence[float], num_lanes: int) -> list[np.ndarray]:
-    """Deal items to lanes so that the costs even out: the dearest first, each to the lane that has least so far.
+    """Deal items to lanes so that costs even out: the dearest first, each to the lane that has least so far.
 
     Returns:
         For each lane the indices of its items, ascending.

@@ -3,7 +3,7 @@
 A source's name is that of its embedding store, so every job finds what another wrote.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,8 +41,8 @@ def task_of(record: QueryRecord) -> Task:
         if str(task.dataset_id) == dataset_id and task.task_id == record.task_id:
             return task
     raise DataError(
-        f"query {record.query.qid}, line {record.line}: M-BEIR has no task {record.task_id} for data set {dataset_id}. "
-        "Mend qid or task_id."
+        f"query {record.query.qid}, line {record.line}: M-BEIR has no task {record.task_id} "
+        f"for data set {dataset_id}. Mend qid or task_id."
     )
 
 
@@ -197,7 +197,7 @@ def query_source(
 
 
 def local_pool_source(mbeir: Mbeir, task: Task, split: str) -> PoolSource:
-    """The pool that a task searches by itself; in training, the candidates of its data set and target modality."""
+    """The pool that a task searches by itself; in training, the part of its data set and target modality."""
     root = str(mbeir.root)
     if split != "train":
         name = local_pool_name(task, split)
@@ -224,7 +224,7 @@ def pool_sources(mbeir: Mbeir, split: str, tasks: Sequence[Task] | None = None) 
 
 
 class RecordReader:
-    """Looks up queries and candidates by id over several sources of one root: the reranker's and the report's view."""
+    """Looks up candidates by id over several pools: the reranker's and the report's view."""
 
     def __init__(self, pools: Sequence[PoolSource]) -> None:
         self._pools = [Pool(path, root) for path, root in {(pool.path, pool.root): None for pool in pools}]
@@ -242,6 +242,3 @@ class RecordReader:
         raise DataError(
             f"candidate {did}: in none of {len(self._pools)} pools ({names}). Use the pools of this run."
         )
-
-
-ContentKey = Hashable

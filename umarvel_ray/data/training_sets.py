@@ -50,8 +50,8 @@ class MbeirSet:
     Args:
         mbeir: The data.
         seed: Of positives, instructions and samples.
-        lists: For each query its mined negatives, or the candidates that a teacher scored; queries without a list
-            are left out. None for in-batch negatives only.
+        lists: For each query its mined negatives, or the candidates that a teacher scored; queries
+            without a list are left out. None for in-batch negatives only.
         num_others: Of a list, how many a visit shows: the first ones; None for all.
         with_scores: Whether the lists' scores are a teacher's.
         drop_positives: Leave listed positives, by did and by content, out of the lists.
@@ -103,8 +103,8 @@ class MbeirSet:
         ]
         if not rows:
             raise DataError(
-                f"{self._queries.path}: none of {len(self._queries)} training queries has a list or a wanted task. "
-                "Mine for the same training file."
+                f"{self._queries.path}: none of {len(self._queries)} training queries has a list "
+                "or a wanted task. Mine for the same training file."
             )
         return np.array(rows, dtype=np.int64)
 

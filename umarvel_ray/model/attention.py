@@ -1,8 +1,8 @@
 """Attention inside each item of a packed micro-batch, in the decoder and in the vision tower.
 
-Items lie end to end in one row of tokens. For attention alone they are laid side by side in blocks of items of
-like length, (B items, L tokens), so that a few dense products serve all; everything else in the model sees the packed row.
-T tokens, H heads, D width of a head.
+Items lie end to end in one row of tokens. For attention alone they are laid side by side in blocks of items
+of like length, (B items, L tokens), so that a few dense products serve all; everything else in the model sees
+the packed row. T tokens, H heads, D width of a head.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Block:
 
     Attributes:
         index_BL: int64, token of the packed row at each place; a padded place repeats token 0 of its item.
-        mask: bool, broadcastable to (B, 1, L, L), true where a token may look; None where all may look at all.
+        mask: bool, broadcastable to (B, 1, L, L), true where a token may look; None where all see all.
         causal: Look only back; padding stands behind, so it needs no mask.
     """
 
@@ -90,7 +90,7 @@ def packed_attention(
     cu_seq_lens_q: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface: query (1, H, T, D), key and value (1, H or fewer, T, D) → (1, T, H, D).
+    """Transformers' attention interface: query (1, H, T, D), key, value (1, H or fewer, T, D) → (1, T, H, D).
 
     The decoder passes `layout`; the vision tower passes cumulative lengths.
     """

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from umarvel_ray.errors import CheckpointError
 from umarvel_ray.model.attention import PackedLayout, use_packed_attention
@@ -45,7 +44,7 @@ def load_backbone(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def add_tokens(model: Any, tokenizer: Any, tokens: tuple[str, ...]) -> None:
-    """Give the model the tokens that it lacks; a new row is the mean of the table, so that it is the same everywhere."""
+    """Give the model the tokens that it lacks; a new row is the mean of the table, so the same everywhere."""
     missing = [
         token for token in tokens if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id)
     ]
@@ -106,7 +105,7 @@ def set_trainable(model: Any, trainable: Literal["lora", "full"], lora: LoraSett
 
 
 def merge_lora(model: Any) -> Any:
-    """Fold adapters into their layers, in float32, and drop the wrapping; a model without any is returned as it is."""
+    """Fold adapters into their layers, in float32, and drop the wrapping; a model without any stays."""
     if not hasattr(model, "merge_and_unload"):
         return model
     dtypes = {name: parameter.dtype for name, parameter in model.get_base_model().named_parameters()}
@@ -117,8 +116,8 @@ def merge_lora(model: Any) -> Any:
     return merged
 
 
-def save_backbone(model: nn.Module, tokenizer: Any, source: str, folder: Path) -> None:
-    """Write a standard Transformers folder: weights as safetensors, config, tokenizer and `source`'s image processor."""
+def save_backbone(model: Any, tokenizer: Any, source: str, folder: Path) -> None:
+    """Write a standard Transformers folder: weights, config, tokenizer, and `source`'s image processor."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor = Path(source) / "preprocessor_config.json"

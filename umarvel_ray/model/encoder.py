@@ -81,7 +81,8 @@ class Encoder(nn.Module):
                     n for n in EncoderSettings.model_fields if getattr(settings, n) != getattr(made_with, n)
                 )
                 raise CheckpointError(
-                    f"{path}: made with {name}={getattr(made_with, name)!r}, asked for {getattr(settings, name)!r}. "
+                    f"{path}: made with {name}={getattr(made_with, name)!r}, "
+                    f"asked for {getattr(settings, name)!r}. "
                     "Leave the setting out, or start from the backbone."
                 )
             settings = made_with
@@ -150,7 +151,7 @@ class Encoder(nn.Module):
         self.temperature.requires_grad_(learn_temperature)
 
     def save(self, folder: Path) -> None:
-        """Write a standard Transformers folder with adapters merged in, and `embedding.json` beside the weights."""
+        """Write a standard Transformers folder, adapters merged, and `embedding.json` beside the weights."""
         self.model = merge_lora(self.model)
         save_backbone(self.model, self._tokenizer, self.source, folder)
         write_json(

@@ -22,8 +22,8 @@ MAX_SOURCE_PIXELS = 200_000_000
 def resized_size(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
     """Size in pixels to which an image is resized: multiples of the unit, the area within the bounds.
 
-    Rounds half to even; over the cap it scales down and floors, under the minimum it scales up and ceils; a side is
-    never less than one unit, and then the other is cut so that the cap holds.
+    Rounds half to even; over the cap it scales down and floors, under the minimum it scales up and ceils; a
+    side is never less than one unit, and then the other is cut so that the cap holds.
 
     Raises:
         DataError: One side is more than 200 times the other.
@@ -60,7 +60,8 @@ def open_image(path: str) -> Image.Image:
             with Image.open(path) as image:
                 if image.width * image.height > MAX_SOURCE_PIXELS:
                     raise DataError(
-                        f"{path}: {image.width}×{image.height} pixels are more than {MAX_SOURCE_PIXELS:,}. Scale it down."
+                        f"{path}: {image.width}×{image.height} pixels are more than {MAX_SOURCE_PIXELS:,}. "
+                        "Scale it down."
                     )
                 return image.convert("RGB")
     except FileNotFoundError:
@@ -75,8 +76,8 @@ def load_patches(path: str, settings: ImageSettings) -> tuple[np.ndarray, tuple[
     """Read, resize (bicubic) and cut an image.
 
     Returns:
-        uint8 patches (P, 3·patch²), the four patches of each image token together, and the grid (height, width) in
-        patches.
+        uint8 patches (P, 3·patch²), the four patches of each image token together, and the grid
+        (height, width) in patches.
     """
     image = open_image(path)
     try:
@@ -101,7 +102,10 @@ def _scale_and_shift(patch_pixels: int, device: torch.device) -> tuple[Tensor, T
 
 
 def normalise_patches(patches_P: Tensor, *, temporal: int) -> Tensor:
-    """uint8 (P, 3·patch²) → float32 (P, 3·temporal·patch²): CLIP's mean and deviation; a still image fills every frame."""
+    """uint8 (P, 3·patch²) → float32 (P, 3·temporal·patch²), by CLIP's mean and deviation.
+
+    A still image fills every frame.
+    """
     patch_pixels = patches_P.shape[1] // 3
     scale, shift = _scale_and_shift(patch_pixels, patches_P.device)
     pixels = patches_P.float() * scale - shift

@@ -4,7 +4,6 @@ T tokens of a packed micro-batch, N items in it, P vision patches, M images.
 """
 
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,8 @@ INSTRUCTION_START = "<instruction_start>"
 INSTRUCTION_END = "<instruction_end>"
 ADDED_TOKENS = (EMBED_TOKEN, INSTRUCTION_START, INSTRUCTION_END)
 
-_TEXT, _ANSWER = "\x01text\x01", "\x01answer\x01"
+_TEXT = "\x01text\x01"
+"""Stands where the user's text goes while the template is rendered."""
 _COMPRESSION = {
     "text": "\nSummarize above sentence in one word: ",
     "image": "\nSummarize above image in one word: ",
@@ -31,7 +31,7 @@ _COMPRESSION = {
 
 
 def clean(text: str) -> str:
-    """Drop carriage returns, strip blanks and double quotes, upper-case the first letter, end in a full stop."""
+    """Drop carriage returns, strip blanks and double quotes; upper-case the first letter, end in a stop."""
     text = text.replace("\r", "").strip().strip('"')
     if text:
         text = text[0].upper() + text[1:]
@@ -73,7 +73,7 @@ class EncoderInputs:
 
     Attributes:
         ids_T: int64 token ids.
-        positions_3T: int64 rotary positions: temporal, height, width; three equal rows for sequential positions.
+        positions_3T: int64 rotary positions: temporal, height, width; all equal for sequential positions.
         pooled_T: bool, which hidden states are averaged.
         lengths_N: Tokens of each item.
         patches_P: uint8 (P, 588) or None.
@@ -100,10 +100,10 @@ class EncoderInputs:
 
 
 class ChatTemplate:
-    """A backbone's chat template, cut open where the user's text stands, so that only text is tokenized per record.
+    """A backbone's chat template, cut open where the user's text stands: only text is tokenized per record.
 
-    The pieces around the text are constant; a tokenizer of the Qwen family never merges across them, because they
-    end and begin in special tokens or line ends. A test holds this against the whole rendered string.
+    The pieces around the text are constant; a tokenizer of the Qwen family never merges across them, because
+    they end and begin in special tokens or line ends. A test holds this against the whole rendered string.
     """
 
     def __init__(self, tokenizer: Any, *, answer: str, generation_prompt: bool = False) -> None:
@@ -131,7 +131,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 class InputBuilder:
-    """Builds an `Item` from a `Query` or a `Candidate`; keeps recent ones up to `cache_bytes`."""
+    """Builds an `Item` from a `Query` or a `Candidate`; keeps the first ones up to `cache_bytes`."""
 
     def __init__(self, tokenizer: Any, settings: EncoderSettings, *, cache_bytes: int = 0) -> None:
         self.settings = settings
@@ -144,7 +144,7 @@ class InputBuilder:
         )
         start, end, embed = tokenizer.convert_tokens_to_ids([INSTRUCTION_START, INSTRUCTION_END, EMBED_TOKEN])
         self._start_id, self._end_id, self._embed_id = start, end, embed
-        self._cache: OrderedDict[Query | Candidate, Item] = OrderedDict()
+        self._cache: dict[Query | Candidate, Item] = {}
         self._cache_room = cache_bytes
 
     def build(self, record: Query | Candidate) -> Item:
@@ -201,7 +201,7 @@ class InputBuilder:
         starts = np.flatnonzero(ids == self._start_id)
         if len(starts):
             ends = np.flatnonzero(ids == self._end_id)
-            # A text cut inside its instruction has no end marker: everything up to the template's tail is instruction.
+            # A text cut inside its instruction has no end marker: all up to the tail is instruction.
             end = ends[-1] + 1 if len(ends) else len(ids) - len(self._template.after)
             pooled[starts[0] : end] = False
         return pooled
@@ -230,7 +230,7 @@ class InputBuilder:
 def mrope_positions(
     ids: np.ndarray, grids: Sequence[tuple[int, int]], *, image_token: int, merge_size: int, start: int = 0
 ) -> np.ndarray:
-    """Multimodal rotary positions (3, T) of Qwen2-VL: text counts on, an image spans a (1, height, width) grid.
+    """Rotary positions (3, T) of Qwen2-VL: text counts on, an image spans a (1, height, width) grid.
 
     Source: Wang et al. 2024, section 2.1, arXiv:2409.12191.
     """
@@ -254,7 +254,7 @@ def mrope_positions(
 
 
 def micro_batches(num_tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut items into micro-batches of at most `max_tokens`, longest first, so that lengths within one are alike.
+    """Cut items into micro-batches of at most `max_tokens`, longest first: lengths within one are alike.
 
     An item longer than the budget gets a micro-batch of its own. Ties keep the given order.
     """

@@ -1,7 +1,8 @@
 """The pointwise reranker: a causal model that answers Yes or No to (query, candidate); its score is P(Yes).
 
-All candidates of a query form one tree: what they share stands once, and each candidate behind it sees that prefix and
-itself. One pass, the last position of each candidate, two rows of the LM head. T tokens, B trees, L leaves in all.
+All candidates of a query form one tree: what they share stands once, and each candidate behind it sees that
+prefix and itself. One pass, the last position of each candidate, two rows of the LM head. T tokens, B trees
+of at most L tokens.
 """
 
 from collections.abc import Sequence
@@ -35,13 +36,14 @@ from umarvel_ray.model.settings import DtypeName, LoraSettings, RerankerSettings
 SETTINGS_FILE = "reranker.json"
 _PROMPTS = {
     "plain": (
-        "I will provide you with a query and a candidate. Please evaluate whether the candidate meets the requirements "
-        "of the query. If it does, respond with 'Yes'; if it doesn't, respond with 'No'."
+        "I will provide you with a query and a candidate. Please evaluate whether the candidate meets the "
+        "requirements of the query. If it does, respond with 'Yes'; if it doesn't, respond with 'No'."
     ),
     "authors": (
         "I will provide you with a query and a candidate. Please evaluate whether the candidate"
         + " " * 24
-        + " meets the requirements of the query. If it does, respond with 'Yes'; if it doesn't, responed with 'No'."
+        + " meets the requirements of the query. "
+        "If it does, respond with 'Yes'; if it doesn't, responed with 'No'."
     ),
 }
 
@@ -175,12 +177,13 @@ class TreeBuilder:
         ids = self._encode(word)
         if len(ids) != 1:
             raise CheckpointError(
-                f"the tokenizer cuts {word!r} into {len(ids)} tokens; a score needs one. Use a Qwen tokenizer."
+                f"the tokenizer cuts {word!r} into {len(ids)} tokens; a score needs one. "
+                "Use a Qwen tokenizer."
             )
         return ids[0]
 
 
-def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
+def _common_prefix(rows: Sequence[list[int]]) -> int:
     """Tokens that all rows share at their head; at least one token of each row is left over."""
     shortest = min(map(len, rows)) - 1
     first, last = min(rows), max(rows)  # in lexical order, all others lie between them
@@ -296,7 +299,7 @@ class Reranker(nn.Module):
         self.model = set_trainable(self.model, trainable, lora)
 
     def save(self, folder: Path) -> None:
-        """Write a standard Transformers folder with adapters merged in, and `reranker.json` beside the weights."""
+        """Write a standard Transformers folder, adapters merged, and `reranker.json` beside the weights."""
         self.model = merge_lora(self.model)
         save_backbone(self.model, self._tokenizer, self.source, folder)
         write_json(folder / SETTINGS_FILE, {"settings": self.settings.model_dump()})

@@ -21,8 +21,8 @@ class ImageSettings(Config):
     def _one_unit_fits(self) -> Self:
         if self.max_pixels < max(self.min_pixels, self.unit**2):
             raise ValueError(
-                f"max_pixels is {self.max_pixels}, less than min_pixels ({self.min_pixels}) or one image token "
-                f"({self.unit**2}). Raise max_pixels."
+                f"max_pixels is {self.max_pixels}, less than min_pixels ({self.min_pixels}) "
+                f"or one image token ({self.unit**2}). Raise max_pixels."
             )
         return self
 
@@ -33,7 +33,7 @@ class ImageSettings(Config):
 
 
 class EncoderSettings(Config):
-    """Everything that decides an embedding, besides the weights; stored as `embedding.json` with every checkpoint."""
+    """Everything that decides an embedding, besides the weights; a checkpoint has it as `embedding.json`."""
 
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     pooling: Literal["mean", "last"] = "mean"
@@ -51,7 +51,7 @@ class EncoderSettings(Config):
 
 
 class RerankerSettings(Config):
-    """Everything that decides a score, besides the weights; stored as `reranker.json` with every checkpoint."""
+    """Everything that decides a score, besides the weights; every checkpoint has it as `reranker.json`."""
 
     prompt: Literal["plain", "authors"] = "plain"
     """`authors` reproduces their literal, spaces and typing error included, for their checkpoint."""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from umarvel_ray.artifacts import fingerprint, read_json
 from umarvel_ray.data.mbeir import Mbeir, Task
+from umarvel_ray.data.records import Query
 from umarvel_ray.data.sources import Source, pool_sources, query_source, tasks_of_split
 from umarvel_ray.errors import ConfigError
 from umarvel_ray.model.encoder import SETTINGS_FILE, Encoder
@@ -108,7 +109,7 @@ def embed_shard(encoder: Encoder, task: ShardTask) -> dict[str, Any]:
     records = [task.source[row] for row in range(task.shard.start, task.shard.stop)]
     items = [encoder.builder.build(record) for record in records]
     vectors_ND = encoder.embed_items(items, max_tokens=task.max_tokens).numpy()
-    ids = [record.qid if hasattr(record, "qid") else record.did for record in records]  # type: ignore[union-attr]
+    ids = [record.qid if isinstance(record, Query) else record.did for record in records]
     write_shard(task.folder, task.shard, ids, vectors_ND, dtype=task.dtype, fingerprint=task.fingerprint)
     return {
         "rows": len(records),

@@ -1,6 +1,7 @@
 """Runs → P(Yes) of every hit → fused runs: recall-then-rerank, and the teacher of the distillation.
 
-Scores are stored beside the run they re-score, in parts that appear whole; a killed job scores only what is missing.
+Scores are stored beside the run they re-score, in parts that appear whole; a killed job scores only what is
+missing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -152,8 +153,8 @@ def fuse(recall: Run, reranked: Run, alpha: float) -> Run:
         ]
         if len(hits) != len(p_of):
             raise ShardError(
-                f"query {qid}: {len(p_of) - len(hits)} of {len(p_of)} scored candidates are not in the recall run. "
-                "Score the run that is fused."
+                f"query {qid}: {len(p_of) - len(hits)} of {len(p_of)} scored candidates are not in the "
+                "recall run. Score the run that is fused."
             )
         hits.sort(key=lambda hit: -hit[1])
         dids.append([did for did, _ in hits])

@@ -84,7 +84,7 @@ class RerankConfig(Config):
     tasks: tuple[str, ...] | None = None
     seed: NonNegativeInt
     alpha: float | Literal["tune"] | None = Field(default="tune")
-    """Weight of the recall score in `alpha·recall + (1 − alpha)·P(Yes)`. `tune`: the best on the val request."""
+    """Weight of the recall score in `alpha·recall + (1 − alpha)·P(Yes)`. `tune`: best on the val request."""
     alpha_from: PathSetting | None = None
     """Take alpha from another scoring job's folder instead."""
     instruction: InstructionChoice = "first"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import NonNegativeFloat, PositiveInt
@@ -29,7 +30,7 @@ class RuntimeSettings(Config):
     """Who does the work."""
 
     kind: Literal["ray", "local"] = "ray"
-    """`local` runs the same functions in this process, one after the other: breakpoints work, no cluster needed."""
+    """`local` runs the same functions in this process, one after the other: breakpoints work, no cluster."""
     num_workers: PositiveInt = 1
     """Training workers; the lanes into which a step is cut. `local` plays them all."""
     num_actors: PositiveInt = 1
@@ -74,14 +75,15 @@ def connect(settings: RuntimeSettings) -> None:
     _require_room(settings, ray.cluster_resources())
 
 
-def _require_room(settings: RuntimeSettings, resources: dict[str, float]) -> None:
+def _require_room(settings: RuntimeSettings, resources: Mapping[str, float]) -> None:
     most = max(settings.num_workers, settings.num_actors)
     for name, need in (("CPU", most * settings.cpus + 1), ("GPU", most * settings.gpus)):
         have = resources.get(name, 0)
         if need > have:
             raise ResourceError(
-                f"the cluster has {have:g} {name}s, the run needs {need:g} at once: {settings.num_workers} workers or "
-                f"{settings.num_actors} actors of {settings.cpus} CPUs and {settings.gpus:g} GPUs, and one reader. "
+                f"the cluster has {have:g} {name}s, the run needs {need:g} at once: "
+                f"{settings.num_workers} workers or {settings.num_actors} actors of {settings.cpus} CPUs and "
+                f"{settings.gpus:g} GPUs, and one reader. "
                 "Lower runtime.num_workers and runtime.num_actors, or add nodes."
             )
 

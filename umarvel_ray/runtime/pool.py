@@ -1,7 +1,7 @@
 """A pool of workers over a list of tasks: Ray Data's actor pool, or one worker in this process.
 
-A worker is a class: state in `__init__`, one verb in `__call__`, small answers. Its work must be repeatable, since a
-task may run twice when an actor dies.
+A worker is a class: state in `__init__`, one verb in `__call__`, small answers. Its work must be repeatable,
+since a task may run twice when an actor dies.
 """
 
 import pickle

@@ -17,6 +17,7 @@ def run_stage(config: StageConfig, runtime: RuntimeSettings, on_step: OnStep = l
     """Train a stage to its end; calls `on_step` with each new line of its metrics."""
     if runtime.kind == "local":
         from umarvel_ray.train.gather import Lanes
+        from umarvel_ray.train.stage import train_stage
 
         use_threads(runtime)
         train_stage(config, Lanes(runtime.num_workers), on_step)
@@ -53,6 +54,7 @@ def _worker(settings: dict[str, Any]) -> None:
 
     from umarvel_ray.config import build_config
     from umarvel_ray.train.gather import WorkerLanes
+    from umarvel_ray.train.stage import train_stage
 
     runtime = build_config(settings["runtime"], RuntimeSettings)
     use_threads(runtime)

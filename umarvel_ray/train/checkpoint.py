@@ -1,6 +1,6 @@
 """Training state on disk: what was trained, the optimizer, and how far it got; whole or not at all.
 
-Batches and dropout are pure functions of seed and step, so a state needs neither data position nor random state.
+Batches and dropout are pure functions of seed and step: a state needs neither data position nor random state.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What one step of the embedder does: prepare a global batch, and leave its gradient. Letters as in `losses`."""
+"""What one step of the embedder does: prepare a global batch, leave its gradient. Letters as in `losses`."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from umarvel_ray.data.batches import BatchPlan, ContrastiveBatch, TrainingSet, build_batch, deal, token_cost
+from umarvel_ray.data.records import Query
 from umarvel_ray.model.encoder import Encoder
 from umarvel_ray.model.inputs import Item
 from umarvel_ray.train.gather import Lanes
@@ -60,10 +61,10 @@ class ContrastiveTask:
 
     def samples(self, prepared: PreparedBatch) -> list[str]:
         """Ids to name in an error."""
-        return [record.qid for record in prepared.batch.records[: prepared.batch.num_queries]]  # type: ignore[union-attr]
+        return [record.qid for record in prepared.batch.records if isinstance(record, Query)]
 
     def backward(self, prepared: PreparedBatch, *, seed: int) -> dict[str, float]:
-        """Leave the gradient of the global batch's mean loss in `.grad`; return what the log wants to know."""
+        """Leave the gradient of the global batch's mean loss in `.grad`; return figures for the log."""
         batch = prepared.batch
         loss = cached_backward(
             self.model,
@@ -125,7 +126,7 @@ class ContrastiveTask:
             ignore_QC=torch.from_numpy(ignore_QC[rows]).to(device),
         ).sum()
         if settings.candidate_to_query:
-            # Row p: the positive of query p looks for p among all queries; other queries it answers do not count.
+            # Row p: the positive of query p looks for p among all queries; others it answers do not count.
             answers_QQ = ignore_QC[:, batch.positive_Q].T | (
                 batch.positive_Q[:, None] == batch.positive_Q[None, :]
             )

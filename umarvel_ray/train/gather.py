@@ -1,8 +1,8 @@
 """Lanes: how one step is spread over workers, and the only place where workers exchange tensors.
 
 A step is always cut into the same lanes. Under Ray Train each worker computes one; in one process they are
-computed one after the other. Sums are taken in lane order either way, so two workers and one process that plays both
-give the same numbers. N items of a global batch, D width.
+computed one after the other. Sums are taken in lane order either way, so two workers and one process that
+plays both give the same numbers. N items of a global batch, D width.
 """
 
 from collections.abc import Mapping, Sequence

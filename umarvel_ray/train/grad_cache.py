@@ -1,8 +1,8 @@
 """A large batch in small chunks, with the gradient of the whole batch.
 
-First every item is embedded without a graph, then the loss of the whole batch gives each embedding its gradient, then
-every chunk is embedded again and takes its part backward. A lane whose items fit one chunk keeps its graph and is
-embedded once. Source: Gao et al. 2021, arXiv:2101.06983.
+First every item is embedded without a graph, then the loss of the whole batch gives each embedding its
+gradient, then every chunk is embedded again and takes its part backward. A lane whose items fit one chunk
+keeps its graph and is embedded once. Source: Gao et al. 2021, arXiv:2101.06983.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +16,7 @@ from umarvel_ray.model.inputs import Item, micro_batches
 from umarvel_ray.train.gather import Lanes
 
 LaneLoss = Callable[[Tensor, Tensor, int], Tensor]
-"""(all embeddings (N, D), temperature, lane) → the lane's part of the loss; parts of all lanes add up to the mean."""
+"""(all embeddings (N, D), temperature, lane) → the lane's part of the loss; all parts add up to the mean."""
 
 
 def cached_backward(
@@ -38,7 +38,8 @@ def cached_backward(
         lane_loss: A lane's part of the loss.
         lanes: Who computes what.
         max_tokens: Token budget of a chunk.
-        seed: Of this step; a chunk's dropout is drawn from (seed, lane, chunk), so its second pass repeats its first.
+        seed: Of this step; a chunk's dropout follows from (seed, lane, chunk), so its second pass repeats
+            its first.
 
     Returns:
         The loss of the global batch, a scalar.
@@ -89,8 +90,8 @@ def cached_backward(
 def sum_gradients(model: nn.Module, backward: Callable[[int], None], *, lanes: Lanes) -> None:
     """Run `backward(lane)` for each lane computed here and leave in `.grad` the sum over all lanes.
 
-    One tensor travels, whatever a lane's items were: a lane that had only texts sends zeros for the vision tower, and
-    nobody waits for it.
+    One tensor travels, whatever a lane's items were: a lane that had only texts sends zeros for the vision
+    tower, and nobody waits for it.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     by_lane = []

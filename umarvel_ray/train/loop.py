@@ -23,7 +23,10 @@ from umarvel_ray.train.settings import TrainSettings
 class Task(Protocol):
     """What differs between embedder and reranker: the batch and its gradient."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+        ...
 
     def prepare(self, step: int) -> Any:
         """The batch of a step, a pure function of it."""
@@ -34,7 +37,7 @@ class Task(Protocol):
         ...
 
     def backward(self, prepared: Any, *, seed: int) -> dict[str, float]:
-        """Leave the mean gradient over the global batch in `.grad`; return figures for the log, `loss` among them."""
+        """Leave the mean gradient over the global batch in `.grad`; return figures, `loss` among them."""
         ...
 
     def after_step(self) -> None:

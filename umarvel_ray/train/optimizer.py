@@ -15,9 +15,7 @@ def make_optimizer(model: nn.Module, *, weight_decay: float, betas: tuple[float,
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=0.0, betas=betas, eps=1e-8
-    )
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, eps=1e-8)
 
 
 def learning_rate(step: int, *, peak: float, num_steps: int, warmup_ratio: float) -> float:
@@ -53,6 +51,6 @@ def require_finite(*, step: int, samples: list[str], **values: float) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
             raise TrainingError(
-                f"step {step}: {name} is {value} for a batch of {len(samples)} queries (first: {samples[0]}). "
-                "Lower the learning rate, or look at these records."
+                f"step {step}: {name} is {value} for a batch of {len(samples)} queries "
+                f"(first: {samples[0]}). Lower the learning rate, or look at these records."
             )

@@ -86,7 +86,7 @@ class RerankerTask:
         return prepared.qids
 
     def backward(self, prepared: PreparedPairs, *, seed: int) -> dict[str, float]:
-        """Leave the gradient of the mean over the global batch's pairs in `.grad`; return figures for the log."""
+        """Leave the gradient of the mean over all pairs in `.grad`; return figures for the log."""
         figures = {lane: torch.zeros(2) for lane in self._lanes.mine}
 
         def backward(lane: int) -> None:
@@ -111,7 +111,10 @@ class RerankerTask:
         }
 
     def _chunk(self, trees: list[Tree], answers: list[list[bool]]) -> tuple[torch.Tensor, float]:
-        """Summed loss over the pairs of some trees, each pair the mean over its answer's tokens; and how many it gets right."""
+        """Summed loss over the pairs of some trees, and how many it gets right.
+
+        A pair's loss is the mean over its answer's tokens.
+        """
         hidden_TD = self.model.hidden(trees)
         asking, target, weight, decisive, verdicts = [], [], [], [], []
         start = 0

@@ -51,8 +51,8 @@ class ContrastiveSettings(Config):
 
     kind: Literal["info_nce", "distillation"] = "info_nce"
     negatives: Literal["batch", "own"] = "batch"
-    """`batch`: all candidates of the global batch, hard negatives of every query included. `own`: the query's own
-    list alone (Table 5 ID 0, and the continue-hard control)."""
+    """`batch`: all candidates of the global batch, hard negatives of every query included. `own`: the query's
+    own list alone (Table 5 ID 0, and the continue-hard control)."""
     candidate_to_query: NonNegativeFloat = 0.0
     """Weight of the second direction; stage 1b uses 1."""
     mask_false_negatives: bool = True

@@ -51,7 +51,7 @@ def batch_plan(config: StageConfig, data: TrainingSet) -> BatchPlan:
 def train_stage(
     config: StageConfig, lanes: Lanes, on_step: Callable[[dict[str, Any]], None] = lambda entry: None
 ) -> None:
-    """Train to the end and write `output/checkpoint`, adapters merged; goes on from the newest state in `output`."""
+    """Train to the end, from the newest state in `output`, and write `output/checkpoint`, adapters merged."""
     output = Path(config.output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = open_training_set(config)
