@@ -1,0 +1,108 @@
+"""The settings files we ship: each loads, and each run's jobs stand in an order that misses nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from umarvel_ray.config import load_config
+from umarvel_ray.pipeline.run import load_job, load_run
+from umarvel_ray.pipeline.settings import RunConfig
+from umarvel_ray.pipeline.stages import Job, recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RUNS = sorted(CONFIGS.glob("mbeir_*.yaml"))
+JOBS = sorted((CONFIGS / "jobs").glob("*.yaml"))
+ALL_CONTROLS = "controls=[in_batch, unfiltered, own_negatives, continue_hard]"
+
+PRODUCTS = {
+    "train": ("checkpoint", "metrics.jsonl"),
+    "embed": ("",),
+    "search": ("", "test"),
+    "mine": ("negatives.arrow", "mining_report.json"),
+    "rerank": ("", "test", "teacher.arrow"),
+    "evaluate": ("results.json",),
+    "report": (),
+}
+"""What later jobs may read in a job's folder, as docs/formats.md tells it."""
+
+
+def paths_under(value: object, root: str) -> set[str]:
+    if isinstance(value, dict):
+        return set().union(*(paths_under(item, root) for item in value.values()))
+    if isinstance(value, list):
+        return set().union(*(paths_under(item, root) for item in value))
+    return {value} if isinstance(value, str) and value.startswith(root) else set()
+
+
+def first_missing(jobs: list[Job], root: str) -> str | None:
+    """The first file that a job reads and no job before it writes."""
+    made: set[str] = set()
+    for job in jobs:
+        wanted = paths_under(job.config.model_dump(mode="json", exclude={"output"}), root)
+        if missing := sorted(wanted - made):
+            return f"{job.name} reads {missing[0]}"
+        made |= {str(Path(root, job.name, product)) for product in PRODUCTS[job.kind]}
+    return None
+
+
+def test_there_is_an_example_of_every_job():
+    assert {path.stem for path in JOBS} == set(PRODUCTS)
+    assert len(RUNS) >= 2
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("overrides", [[], [ALL_CONTROLS]], ids=["recipe", "controls"])
+def test_every_input_of_a_run_is_another_jobs_product(path, overrides):
+    run = load_run(path, overrides)
+    jobs = recipe(run)
+    assert first_missing(jobs, run.output) is None
+    assert len({job.config.output for job in jobs}) == len(jobs)  # type: ignore[attr-defined]
+    assert {job.config.output for job in jobs} == {f"{run.output}/{job.name}" for job in jobs}  # type: ignore[attr-defined]
+
+
+def test_a_job_before_what_it_reads_would_be_seen():
+    run = load_run(RUNS[0], [])
+    backwards = list(reversed(recipe(run)))
+    assert first_missing(backwards, run.output) is not None
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_a_single_job_loads(path):
+    settings, runtime = load_job(path.stem, path, [])
+    assert settings.output.startswith("/data/runs/single/")
+    assert runtime.kind == ("local" if path.stem in ("mine", "evaluate", "report") else "ray")
+
+
+def test_the_papers_run_is_table_12s():
+    """Table 12 of arXiv:2507.14902: batch, rate, LoRA rank and alpha, epochs."""
+    run = load_config(CONFIGS / "mbeir_qwen2vl_7b.yaml", RunConfig)
+    table = {
+        "text": (576, 2e-4, 64, 128, 2),
+        "align": (720, 1e-4, 128, 256, 1),
+        "instruct": (3840, 4e-4, 128, 256, 1),
+        "hard": (1408, 1.5e-5, 128, 256, 1),
+        "distil": (50, 1e-5, 128, 256, 1),
+        "reranker": (128, 2e-5, 128, 256, 1),
+    }
+    trains = {name: getattr(run.stages, name).train for name in table}
+    assert {
+        name: (train.batch_size, train.learning_rate, train.lora.rank, train.lora.alpha, train.num_epochs)
+        for name, train in trains.items()
+    } == table
+    learned = {name for name, train in trains.items() if train.learn_temperature}
+    assert learned == {"instruct", "hard", "distil"}
+    assert run.encoder.images.max_pixels == 300 * 28 * 28
+    assert (run.runtime.num_workers, run.runtime.gpus) == (64, 1)
+
+
+def test_the_one_gpu_run_differs_in_hardware_and_backbone_alone():
+    """Lengths, batches and rates are the paper's; how often states are saved is not a matter of results."""
+    paper, small = (
+        load_config(CONFIGS / f"mbeir_qwen2vl_{name}.yaml", RunConfig) for name in ("7b", "2b_one_gpu")
+    )
+    for name in type(paper.stages).model_fields:
+        stages = [getattr(run.stages, name).model_dump() for run in (paper, small)]
+        for stage in stages:
+            del stage["train"]["save_every"]
+        assert stages[0] == stages[1], name
+    assert (small.runtime.num_workers, small.runtime.num_actors, small.runtime.gpus) == (1, 1, 1)
