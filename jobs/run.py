@@ -1,6 +1,6 @@
 """The whole recipe: reads settings and data, writes a folder per job and a report; goes on after a kill.
 
-ray job submit --working-dir . -- python jobs/run.py configs/mbeir_qwen2vl_7b.yaml seed=1 output=/data/runs/seed1
+ray job submit --working-dir . -- python jobs/run.py configs/mbeir_qwen2vl_7b.yaml output=/data/runs/again
 """
 
 import sys
