@@ -27,6 +27,8 @@ ENVIRONMENT = {
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
+pytest_plugins = ["fixtures_model"]
+
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:

@@ -33,15 +33,13 @@ def resized_size(height: int, width: int, settings: ImageSettings) -> tuple[int,
         raise DataError(
             f"an image of {width}×{height} pixels is more than {MAX_ASPECT_RATIO} times as long as wide"
         )
-    new_height, new_width = (max(unit, round(side / unit) * unit) for side in (height, width))
+    new_height, new_width = (round(side / unit) * unit for side in (height, width))
     if new_height * new_width > settings.max_pixels:
         shrink = math.sqrt(height * width / settings.max_pixels)
+        longest = settings.max_pixels // unit**2 * unit  # beside a side of one unit
         new_height, new_width = (
-            max(unit, math.floor(side / shrink / unit) * unit) for side in (height, width)
+            min(longest, max(unit, math.floor(side / shrink / unit) * unit)) for side in (height, width)
         )
-        # With one side at its least, the other alone must bring the area under the cap.
-        new_height = min(new_height, settings.max_pixels // (new_width * unit) * unit)
-        new_width = min(new_width, settings.max_pixels // (new_height * unit) * unit)
     elif new_height * new_width < settings.min_pixels:
         grow = math.sqrt(settings.min_pixels / (height * width))
         new_height, new_width = (math.ceil(side * grow / unit) * unit for side in (height, width))
@@ -66,10 +64,13 @@ def open_image(path: str) -> Image.Image:
                 return image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{path}: no such image. Put the file there or correct the record.") from None
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: not a whole image ({error}). Replace the file.") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: not an image of a known kind. Replace the file.") from None
+    except DataError:
+        raise
+    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DataError(f"{path}: not a whole image ({reason}). Replace the file.") from None
 
 
 def load_patches(path: str, settings: ImageSettings) -> tuple[np.ndarray, tuple[int, int]]:

@@ -98,7 +98,7 @@ class TreeBuilder:
             answers: For training: each candidate's answer is appended, with the tokens that close the turn.
         """
         rows = [self._pair(query, candidate) for candidate in candidates]
-        shared = _common_prefix([ids for ids, _ in rows])
+        shared = min(_common_prefix([ids for ids, _, _ in rows]), *(picture for _, _, picture in rows))
         merge = self.settings.images.merge_size
         image_token = self._template.image_token
         query_patches = [self._image(query.img_path)] if query.img_path else []
@@ -114,7 +114,7 @@ class TreeBuilder:
             [np.zeros(shared, dtype=np.int32)],
         )
         images, decisive, place = list(query_patches), [], shared
-        for number, (row, candidate_images) in enumerate(rows, start=1):
+        for number, (row, candidate_images, _) in enumerate(rows, start=1):
             own = row[shared:]
             decisive.append(place + len(own) - 1)
             if answers is not None:
@@ -139,10 +139,14 @@ class TreeBuilder:
 
     def _pair(
         self, query: Query, candidate: Candidate
-    ) -> tuple[list[int], list[tuple[np.ndarray, tuple[int, int]]]]:
-        """Tokens of one pair up to where the answer begins, and the candidate's image."""
+    ) -> tuple[list[int], list[tuple[np.ndarray, tuple[int, int]]], int]:
+        """Tokens of one pair up to where the answer begins, the candidate's image, and where that stands.
+
+        Two candidates' images are spelt with the same tokens but are not the same: no prefix reaches into one.
+        """
         words = self._cut(clean(f"{clean(query.instruction or '')} {query.txt or ''}"))
         images: list[tuple[np.ndarray, tuple[int, int]]] = []
+        picture = 0
         ids = list(self._template.before)
         text = f"{_PROMPTS[self.settings.prompt]}Query:"
         if query.img_path:
@@ -152,10 +156,13 @@ class TreeBuilder:
         if candidate.img_path:
             image = self._image(candidate.img_path)
             images.append(image)
-            ids += [*self._encode(text), *self._image_ids(image[1])]
+            ids += self._encode(text)
+            picture = len(ids)
+            ids += self._image_ids(image[1])
             text = ""
         text += self._cut(clean(candidate.txt or ""))
-        return [*ids, *self._encode(text), *self._after], images
+        ids += [*self._encode(text), *self._after]
+        return ids, images, picture if images else len(ids)
 
     def _image_ids(self, grid: tuple[int, int]) -> list[int]:
         template = self._template

@@ -1,0 +1,157 @@
+"""What the tests of the model and train rooms share: a tiny random Qwen2-VL, a few pictures, and stock parts.
+
+`Reference` reads records with plain Transformers modules, one at a time: tokenizer, image processor, eager attention.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from umarvel_ray.data.batches import TrainingItem
+from umarvel_ray.data.records import Candidate, Query
+from umarvel_ray.demo.backbone import BackboneConfig, make_backbone
+
+CONFIG = BackboneConfig(
+    seed=0,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    intermediate_size=64,
+    vocab_size=400,
+    vision_embed_dim=32,
+    vision_depth=1,
+    vision_num_heads=2,
+)
+TEXTS = ["A red kite over the hill.", "Find a photo of the caption.", "Where does the tower stand?"] * 4
+SIZES = {"kite": (64, 60), "boat": (84, 56), "tower": (56, 112), "hill": (64, 60)}
+"""Width and height of each picture; the first and the last take the same tokens."""
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random Qwen2-VL of two layers."""
+    folder = tmp_path_factory.mktemp("model") / "backbone"
+    make_backbone(TEXTS, folder, CONFIG)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Paths of pictures of noise, by name, in four sizes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    paths = {name: str(folder / f"{name}.png") for name in SIZES}
+    for name, (width, height) in SIZES.items():
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(paths[name])
+    return paths
+
+
+class Reference:
+    """The backbone in plain Transformers modules."""
+
+    def __init__(self, folder: str) -> None:
+        import torch
+        from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.model: Any = Qwen2VLForConditionalGeneration.from_pretrained(folder, attn_implementation="eager")
+        self.model.eval().requires_grad_(False)
+        self.images: Any = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.tokenizer.add_tokens(["<emb>", "<instruction_start>", "<instruction_end>"], special_tokens=True)
+        table = self.model.get_input_embeddings().weight
+        with torch.no_grad():
+            mean_D = table.mean(0)
+            table[len(self.tokenizer) - 3 : len(self.tokenizer)] = mean_D
+
+    def render(self, user: Sequence[Any], answer: str | None, *, generation_prompt: bool = False) -> str:
+        """The whole prompt as one string, an image placeholder for each image.
+
+        Args:
+            user: Strings, and None where an image stands.
+            answer: The assistant's turn; None for none.
+            generation_prompt: Whether an assistant's turn is opened at the end.
+        """
+        content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in user]
+        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if answer is not None:
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=generation_prompt
+        )
+
+    def pixels(self, paths: Sequence[str]) -> dict[str, Any]:
+        """`pixel_values` and `image_grid_thw`; empty without images."""
+        if not paths:
+            return {}
+        return dict(self.images([Image.open(path) for path in paths], return_tensors="pt"))
+
+    def expand(self, text: str, pixels: dict[str, Any]) -> str:
+        """Each image placeholder repeated as often as the image has tokens."""
+        pieces = text.split("<|image_pad|>")
+        grids = pixels.get("image_grid_thw", [])
+        assert len(pieces) == len(grids) + 1
+        for number, grid in enumerate(grids, start=1):
+            pieces[number] = "<|image_pad|>" * (int(grid.prod()) // 4) + pieces[number]
+        return "".join(pieces)
+
+    def tokens(self, text: str) -> Any:
+        """Ids (1, T) of a whole string."""
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+
+
+@pytest.fixture(scope="session")
+def reference(backbone: str) -> Reference:
+    """Stock modules over the tiny backbone."""
+    return Reference(backbone)
+
+
+@dataclass(frozen=True)
+class ListSet:
+    """A training set in memory; equal words and picture are equal content."""
+
+    items: tuple[TrainingItem, ...]
+    fingerprint: str = "list"
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def item(self, row: int, *, visit: int) -> TrainingItem:
+        return self.items[row]
+
+    def content_key(self, candidate: Candidate) -> Hashable:
+        return candidate.txt, candidate.img_path
+
+
+def training_item(
+    query: Query,
+    *positives: Candidate,
+    others: Sequence[Candidate] = (),
+    scores: Sequence[float] | None = None,
+) -> TrainingItem:
+    """One visit: the first of `positives` is drawn, all are relevant."""
+    return TrainingItem(
+        query=query,
+        positive=positives[0],
+        others=tuple(others),
+        scores=None if scores is None else tuple(scores),
+        relevant=frozenset((positive.txt, positive.img_path) for positive in positives),
+    )
+
+
+def write_nli(folder: Path) -> Path:
+    """Twelve sentence pairs, as the file of stage 1a has them."""
+    colours = ["red", "blue", "grey", "pale"]
+    things = ["kite", "tower", "boat"]
+    rows = [
+        f"a {colour} {thing},the {thing} is {colour},no {thing}" for colour in colours for thing in things
+    ]
+    path = folder / "nli.csv"
+    path.write_text("\n".join(["sent0,sent1,hard_neg", *rows]) + "\n", encoding="utf-8")
+    return path
