@@ -79,10 +79,15 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """The whole recipe on a small rendered world, in minutes, on two cores; ends with a table and report.html."""
-    from umarvel_ray.pipeline.run import load_demo, run_recipe
+    from umarvel_ray.demo.prepare import RUN_CONFIG, demo_places, load_demo_config, prepare_demo
+    from umarvel_ray.pipeline.run import load_run, run_recipe
 
-    settings = load_demo(output, overrides or [], _view())
-    _with_ray(settings.runtime, lambda: run_recipe(settings, _view()))
+    home, view = output.resolve(), _view()
+    with view.bar("drawing the world", 1) as bar:
+        if prepare_demo(load_demo_config(), home, progress=bar.at):
+            view.line(f"[green]✓[/] world and backbone made in {home}")
+    settings = load_run(RUN_CONFIG, [*demo_places(home), *(overrides or [])])
+    _with_ray(settings.runtime, lambda: run_recipe(settings, view))
 
 
 def run_job(kind: str, config: Path, overrides: list[str], *, dry_run: bool = False) -> None:

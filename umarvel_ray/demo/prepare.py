@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from umarvel_ray.artifacts import changed_settings, read_json, write_json
-from umarvel_ray.config import Config
+from umarvel_ray.config import Config, load_config
 from umarvel_ray.demo.backbone import BackboneConfig, make_backbone
 from umarvel_ray.demo.world import WorldConfig, make_world, world_texts
 from umarvel_ray.errors import OutputError
 
 _MADE = "demo.json"
+_CONFIGS = Path(__file__).parents[2] / "configs"
+RUN_CONFIG = _CONFIGS / "demo.yaml"
+WORLD_CONFIG = _CONFIGS / "demo_world.yaml"
 
 
 class DemoConfig(Config):
@@ -19,6 +22,15 @@ class DemoConfig(Config):
 
     world: WorldConfig
     backbone: BackboneConfig
+
+
+def load_demo_config() -> DemoConfig:
+    """The settings that the repository ships.
+
+    Raises:
+        ConfigError: They are not there: the package was installed without the repository's `configs/`.
+    """
+    return load_config(WORLD_CONFIG, DemoConfig)
 
 
 def prepare_demo(config: DemoConfig, home: Path, *, progress: Callable[[float], Any] | None = None) -> bool:
@@ -47,7 +59,24 @@ def prepare_demo(config: DemoConfig, home: Path, *, progress: Callable[[float], 
         return False
     if home.exists() and (strangers := sorted({item.name for item in home.iterdir()} - {"world", "backbone"})):
         raise OutputError(f"{home}: holds files of something else (first: {strangers[0]}). Give another --output.")
-    make_world(config.world, home / "world", workers=os.cpu_count() or 1)
+    make_world(
+        config.world,
+        home / "world",
+        workers=os.cpu_count() or 1,
+        progress=None if progress is None else lambda done, total: progress(done / total),
+    )
     make_backbone(world_texts(home / "world"), home / "backbone", config.backbone)
     write_json(place, settings)
     return True
+
+
+def demo_places(home: Path) -> list[str]:
+    """Overrides that point the demonstration's run at `home`."""
+    return [
+        f"output={home}/run",
+        f"backbone={home}/backbone",
+        f"data.root={home}/world/M-BEIR",
+        f"data.nli={home}/world/nli/nli_for_simcse.csv",
+        f"data.captions={home}/world/cc3m/chat.json",
+        f"data.caption_images={home}/world/cc3m/images",
+    ]

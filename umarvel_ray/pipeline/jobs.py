@@ -92,13 +92,9 @@ def search(config: SearchConfig, runtime: RuntimeSettings, view: View) -> Summar
     with view.bar("searching", len(tasks)) as bar:
         search(
             tasks,
-            runtime=runtime.kind,
-            num_actors=runtime.num_actors,
+            runtime,
             query_block_rows=config.query_block_rows,
-            cpus_per_actor=runtime.cpus,
-            gpus_per_actor=runtime.gpus,
-            threads_per_actor=runtime.threads,
-            progress=lambda done, total: bar.at(done * len(tasks) / total),
+            progress=lambda done, total: bar.at(len(tasks) * done / total if total else len(tasks)),
         )
     return {"runs": len(tasks)}
 

@@ -2,15 +2,14 @@
 
 import json
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from umarvel_ray.artifacts import changed_settings, is_finished, read_json, write_json
-from umarvel_ray.config import Config, build_config, load_config
-from umarvel_ray.errors import ConfigError, OutputError
-from umarvel_ray.pipeline.jobs import JOBS, claimed_settings, perform, seconds_of
+from umarvel_ray.config import load_config
+from umarvel_ray.errors import OutputError
+from umarvel_ray.pipeline.jobs import JOBS, perform, seconds_of
 from umarvel_ray.pipeline.settings import ReportConfig, RunConfig
 from umarvel_ray.pipeline.stages import Job, recipe
 from umarvel_ray.pipeline.versions import library_versions
@@ -18,7 +17,6 @@ from umarvel_ray.pipeline.view import View, short_time
 from umarvel_ray.runtime.cluster import RuntimeSettings
 
 RUN_FILE = "run.json"
-DEMO_CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 
 def load_run(config: Path, overrides: Sequence[str]) -> RunConfig:
@@ -36,29 +34,6 @@ def load_job(kind: str, config: Path, overrides: Sequence[str]) -> tuple[Any, Ru
     loaded = load_config(config, JobFile, overrides)
     values = {name: getattr(loaded, name) for name in schema.model_fields}
     return schema.model_construct(**values), loaded.runtime
-
-
-def load_demo(output: Path, overrides: Sequence[str], view: View) -> RunConfig:
-    """Settings of the demonstration under `output`, its world and backbone made where they are missing."""
-    from umarvel_ray.demo.prepare import DemoConfig, prepare_demo
-
-    if not DEMO_CONFIG.exists():
-        raise ConfigError(f"{DEMO_CONFIG}: the demonstration's settings are missing. Run from a clone of the repository.")
-    home = output.resolve()
-    places = [
-        f"output={home}/run",
-        f"backbone={home}/backbone",
-        f"data.root={home}/world/M-BEIR",
-        f"data.nli={home}/world/nli/nli_for_simcse.csv",
-        f"data.captions={home}/world/cc3m/chat.json",
-        f"data.caption_images={home}/world/cc3m/images",
-    ]
-    run = load_run(DEMO_CONFIG, [*places, *overrides])
-    world = load_config(DEMO_CONFIG.with_name("demo_world.yaml"), DemoConfig)
-    started = time.perf_counter()
-    if prepare_demo(world, home):
-        view.line(f"[green]✓[/] world and backbone  [dim]{short_time(time.perf_counter() - started)}  {home}[/]")
-    return run
 
 
 def run_recipe(run: RunConfig, view: View) -> None:
@@ -120,13 +95,3 @@ def _print_end(jobs: Sequence[Job], view: View) -> None:
             view.line(f"report: {job.config.output}/report.html")  # type: ignore[attr-defined]
     seconds = [seconds_of(job.config.output) or 0 for job in jobs]  # type: ignore[attr-defined]
     view.line(f"all jobs together: {short_time(sum(seconds))}")
-
-
-def settings_of_jobs(run: RunConfig) -> dict[str, dict[str, Any]]:
-    """What each job of a run would claim its folder with."""
-    return {job.name: claimed_settings(job.kind, job.config) for job in recipe(run)}
-
-
-def rebuild(schema: type[Config], values: dict[str, Any]) -> Config:
-    """Settings from a `job.json`."""
-    return build_config(values, schema)

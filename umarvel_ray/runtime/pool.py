@@ -4,6 +4,7 @@ A worker is a class: state in `__init__`, one verb in `__call__`, small answers.
 since a task may run twice when an actor dies.
 """
 
+import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -51,6 +52,7 @@ def run_pool(
     from ray.data import ActorPoolStrategy, DataContext
 
     DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     size = min(runtime.num_actors, len(tasks))
     dataset = ray.data.from_items(
         [{"task": pickle.dumps(task)} for task in tasks], override_num_blocks=len(tasks)
@@ -67,3 +69,58 @@ def run_pool(
         if isinstance(answer, UmarvelError):
             raise answer
         yield answer
+
+
+def run_actors(tasks: Sequence[Any], make_worker: MakeWorker, runtime: RuntimeSettings) -> Iterator[dict[str, Any]]:
+    """Like `run_pool`, over plain Ray actors: for workers that keep state between tasks, such as an open pool.
+
+    Two tasks wait at each actor, so none idles and nothing piles up; an actor that dies is made anew and its tasks
+    are repeated.
+    """
+    if not tasks:
+        return
+    if runtime.kind == "local":
+        yield from run_pool(tasks, make_worker, runtime)
+        return
+    import ray
+
+    actor_class = ray.remote(
+        num_cpus=runtime.cpus, num_gpus=runtime.gpus or None, max_restarts=-1, max_task_retries=3
+    )(_Actor)
+    actors = [actor_class.remote(make_worker, runtime) for _ in range(min(runtime.num_actors, len(tasks)))]
+    waiting = iter(tasks)
+    home_of: dict[Any, Any] = {}
+
+    def hand_out(actor: Any) -> None:
+        task = next(waiting, None)
+        if task is not None:
+            home_of[actor.work.remote(task)] = actor
+
+    for actor in (*actors, *actors):
+        hand_out(actor)
+    try:
+        while home_of:
+            (ready,), _ = ray.wait(list(home_of), num_returns=1)
+            hand_out(home_of.pop(ready))
+            answer = ray.get(ready)
+            if isinstance(answer, UmarvelError):
+                raise answer
+            yield answer
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+class _Actor:
+    """The actor of `run_actors`: makes its worker once, hands it one task a call."""
+
+    def __init__(self, make_worker: MakeWorker, runtime: RuntimeSettings) -> None:
+        use_threads(runtime)
+        self._worker = make_worker()
+
+    def work(self, task: Any) -> dict[str, Any] | UmarvelError:
+        """One task; our own error is an answer, so that the user reads it without Ray's wrapping."""
+        try:
+            return self._worker(task)
+        except UmarvelError as error:
+            return error

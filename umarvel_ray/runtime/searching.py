@@ -16,7 +16,7 @@ from umarvel_ray.data.trec import Run
 from umarvel_ray.errors import DataError
 from umarvel_ray.retrieve.store import EmbeddingStore
 from umarvel_ray.runtime.cluster import RuntimeSettings
-from umarvel_ray.runtime.pool import run_pool
+from umarvel_ray.runtime.pool import run_actors
 
 _CANDIDATE_ROWS = 65_536
 
@@ -68,7 +68,7 @@ def search(
     total = sum(map(len, blocks.values()))
     done = total - len(missing)
     progress(done, total)
-    for _ in run_pool(missing, SearchWorker, runtime):
+    for _ in run_actors(missing, SearchWorker, runtime):
         done += 1
         progress(done, total)
     for task, some in blocks.items():
