@@ -1,0 +1,128 @@
+"""Search over stores: the same run in one process or many, whole or resumed, as one matrix product gives."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from umarvel_ray.data.trec import Run
+from umarvel_ray.errors import UmarvelError
+from umarvel_ray.retrieve.store import EmbeddingPool, EmbeddingStore, finish_store, plan_shards, write_shard
+from umarvel_ray.runtime import searching
+from umarvel_ray.runtime.cluster import RuntimeSettings
+from umarvel_ray.runtime.searching import SearchTask, search
+
+LOCAL = RuntimeSettings(kind="local")
+
+
+def make_store(folder: Path, num: int, seed: int, dim: int = 16) -> Path:
+    vectors = np.random.default_rng(seed).standard_normal((num, dim)).astype(np.float32)
+    # Every third vector stands twice: ties must come out the same everywhere.
+    vectors[2::3] = vectors[1 : len(vectors) - 1 : 3]
+    plan = plan_shards(num, 10)
+    for shard in plan:
+        ids = [f"{folder.name}:{row}" for row in range(shard.start, shard.stop)]
+        write_shard(folder, shard, ids, vectors[shard.start : shard.stop], dtype="float16", fingerprint="f")
+    finish_store(folder, plan, fingerprint="f", settings={})
+    return folder
+
+
+@pytest.fixture
+def stores(tmp_path):
+    return {
+        name: make_store(tmp_path / name, num, seed)
+        for seed, (name, num) in enumerate({"queries": 23, "pool1": 31, "pool2": 12}.items())
+    }
+
+
+def tasks_in(folder: Path, stores: dict[str, Path], k: int = 8) -> list[SearchTask]:
+    return [
+        SearchTask(stores["queries"], (stores["pool1"],), k, folder / "local.arrow"),
+        SearchTask(stores["queries"], (stores["pool1"], stores["pool2"]), k, folder / "global.arrow"),
+    ]
+
+
+def expected(task: SearchTask) -> dict[str, list[tuple[str, float]]]:
+    """A float64 matrix product over the stored vectors, ties by row."""
+    queries, pool = EmbeddingStore.open(task.queries), EmbeddingPool(task.pools)
+    left, right = queries.vectors(0, len(queries)), pool.vectors(0, len(pool))
+    scores = (left.astype(np.float64) @ right.astype(np.float64).T).astype(np.float32)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, : task.k]
+    dids = pool.ids.to_pylist()
+    return {
+        qid: [(dids[row], float(scores[place, row])) for row in order[place]]
+        for place, qid in enumerate(queries.ids.to_pylist())
+    }
+
+
+@pytest.mark.parametrize("k", [1, 8, 100])
+def test_a_run_is_one_matrix_product(tmp_path, stores, k):
+    tasks = tasks_in(tmp_path / "out", stores, k)
+    search(tasks, LOCAL, query_block_rows=10)
+    for task in tasks:
+        assert Run.read(task.output).as_dict() == expected(task)
+
+
+def test_query_blocks_do_not_move_a_bit_and_leave_nothing_behind(tmp_path, stores):
+    written = []
+    for rows in (1, 7, 23, 1000):
+        folder = tmp_path / str(rows)
+        search(tasks_in(folder, stores), LOCAL, query_block_rows=rows)
+        assert sorted(path.name for path in folder.iterdir()) == ["global.arrow", "local.arrow"]
+        written.append([Run.read(task.output).as_dict() for task in tasks_in(folder, stores)])
+    assert all(runs == written[0] for runs in written)
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+def test_a_stopped_search_goes_on_where_it_was(tmp_path, stores):
+    tasks = tasks_in(tmp_path / "out", stores)
+    seen = []
+
+    def stop_at_four(done, total):
+        seen.append((done, total))
+        if done == 4:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        search(tasks, LOCAL, query_block_rows=5, progress=stop_at_four)
+    assert seen[0] == (0, 10) and not any(task.output.exists() for task in tasks)
+    seen.clear()
+    search(tasks, LOCAL, query_block_rows=5, progress=lambda done, total: seen.append((done, total)))
+    assert seen[0] == (4, 10) and seen[-1] == (10, 10) and len(seen) == 7
+    for task in tasks:
+        assert Run.read(task.output).as_dict() == expected(task)
+
+
+def test_stores_of_other_widths_are_refused(tmp_path, stores):
+    narrow = make_store(tmp_path / "narrow", 6, seed=9, dim=8)
+    with pytest.raises(UmarvelError, match="width"):
+        search([SearchTask(stores["queries"], (narrow,), 3, tmp_path / "run.arrow")], LOCAL)
+    with pytest.raises(UmarvelError, match="width"):
+        both = (stores["pool1"], narrow)
+        search([SearchTask(stores["queries"], both, 3, tmp_path / "run.arrow")], LOCAL)
+
+
+@pytest.mark.slow
+def test_actors_agree_with_one_process_though_one_dies(tmp_path, stores, ray_session, monkeypatch):
+    died = tmp_path / "died"
+    worker = searching.SearchWorker
+
+    class Mortal(worker):
+        """Its process ends, without a word, at the first block that any of them is given."""
+
+        def __call__(self, block):
+            if not died.exists():
+                died.touch()
+                os._exit(1)
+            return super().__call__(block)
+
+    monkeypatch.setattr(searching, "SearchWorker", Mortal)
+    tasks = tasks_in(tmp_path / "out", stores)
+    search(tasks, RuntimeSettings(kind="ray", num_actors=2), query_block_rows=5)
+    assert died.exists()
+    for task in tasks:
+        assert Run.read(task.output).as_dict() == expected(task)
