@@ -100,29 +100,33 @@ def changed_settings(before: Any, now: Any, prefix: str = "") -> list[tuple[str,
     return [] if before == now else [(prefix.rstrip("."), before, now)]
 
 
-def claim_folder(folder: str | os.PathLike, settings: Mapping[str, Any]) -> None:
-    """Make `folder` the output of a job with these settings.
+def claim_folder(folder: str | os.PathLike, settings: Mapping[str, Any], *, claim: str = JOB_FILE) -> None:
+    """Make `folder` the output of what these settings describe.
+
+    Args:
+        folder: Made where it is missing.
+        settings: Everything that decides its content; must be JSON.
+        claim: Name of the file that says so.
 
     Raises:
-        OutputError: It belongs to a job with other settings, or holds files of something else.
+        OutputError: It was made with other settings, or holds files of something else.
     """
     folder = Path(folder)
-    job_file = folder / JOB_FILE
-    if job_file.exists():
-        if changes := changed_settings(read_json(job_file), json.loads(json.dumps(settings))):
+    claim_file = folder / claim
+    if claim_file.exists():
+        if changes := changed_settings(read_json(claim_file), json.loads(json.dumps(settings))):
             key, before, now = changes[0]
             raise OutputError(
-                f"{folder}: made with other settings: {len(changes)} differ "
-                f"(first: {key} was {before!r}, is {now!r}). "
-                "Give another output folder, or remove this one to start again."
+                f"{folder}: made with other settings: {len(changes)} differ (first: {key} was {before!r}, is "
+                f"{now!r}). Give another output folder, or remove this one to start again."
             )
         return
-    if folder.exists() and any(not item.name.startswith(".") for item in folder.iterdir()):
-        first = sorted(item.name for item in folder.iterdir())[0]
+    if folder.exists() and (strangers := sorted(x.name for x in folder.iterdir() if x.name[0] != ".")):
         raise OutputError(
-            f"{folder}: holds files that no job of ours claims (first: {first}). Give another output folder."
+            f"{folder}: holds {len(strangers)} files that are not ours (first: {strangers[0]}). "
+            "Give another output folder."
         )
-    write_json(job_file, settings)
+    write_json(claim_file, settings)
 
 
 def is_finished(folder: str | os.PathLike) -> bool:

@@ -1,4 +1,4 @@
-"""`umarvel JOB CONFIG.yaml [key=value …]`: the command line. Errors of ours become one line and exit code 2."""
+"""`umarvel JOB CONFIG.yaml [key=value …]`: the command line. Our errors become one line and exit code 2."""
 
 import logging
 import sys
@@ -22,7 +22,8 @@ app = typer.Typer(
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file of settings.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings in place of the file's: key.path=value …", show_default=False)
+    list[str] | None,
+    typer.Argument(help="Settings in place of the file's: key.path=value …", show_default=False),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print settings and plan, start nothing.")]
 
@@ -38,7 +39,9 @@ def _job_command(kind: str, help_text: str) -> None:
 _job_command("train", "One training stage: data and a checkpoint → the next checkpoint.")
 _job_command("embed", "Query sets and pools → embedding stores.")
 _job_command("search", "Embedding stores → exact top-k runs, local and global.")
-_job_command("mine", "Runs of the training queries → filtered hard negatives, with counts of all that was dropped.")
+_job_command(
+    "mine", "Runs of the training queries → filtered hard negatives, with counts of all that was dropped."
+)
 _job_command("rerank", "Runs → P(Yes) of every hit → fused runs, and the teacher of the distillation.")
 _job_command("evaluate", "Runs and qrels → results.json and a table.")
 _job_command("report", "Results, curves and mined negatives → report.html.")
@@ -62,7 +65,9 @@ def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False
 def check(
     config: ConfigPath,
     overrides: Overrides = None,
-    images: Annotated[str, typer.Option(help="none, exists or decode: how closely pictures are looked at.")] = "exists",
+    images: Annotated[
+        str, typer.Option(help="none, exists or decode: how closely pictures are looked at.")
+    ] = "exists",
 ) -> None:
     """Data, settings and outputs of a run: every fault with file and line; nothing is started."""
     from umarvel_ray.pipeline.check import check_run
@@ -78,7 +83,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Where world, checkpoints and report go.")] = Path("demo"),
     overrides: Overrides = None,
 ) -> None:
-    """The whole recipe on a small rendered world, in minutes, on two cores; ends with a table and report.html."""
+    """The whole recipe on a small rendered world, in minutes, on two cores: a table and report.html."""
     from umarvel_ray.demo.prepare import RUN_CONFIG, demo_places, load_demo_config, prepare_demo
     from umarvel_ray.pipeline.run import load_run, run_recipe
 

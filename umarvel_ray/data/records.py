@@ -22,12 +22,14 @@ class Query:
         txt: The query's own words.
         img_path: Path of its image.
         instruction: The task sentence, put before the words and left out of the pooling.
+        verbatim: Take the words as they stand, neither capitalised nor closed by a full stop.
     """
 
     qid: str
     txt: str | None = None
     img_path: str | None = None
     instruction: str | None = None
+    verbatim: bool = False
 
     def __post_init__(self) -> None:
         if not (self.txt or self.img_path):
@@ -47,11 +49,13 @@ class Candidate:
         did: `"dataset:number"` in M-BEIR; any string elsewhere. Unique within a pool.
         txt: Its words.
         img_path: Path of its image.
+        verbatim: Take the words as they stand, neither capitalised nor closed by a full stop.
     """
 
     did: str
     txt: str | None = None
     img_path: str | None = None
+    verbatim: bool = False
 
     def __post_init__(self) -> None:
         if not (self.txt or self.img_path):

@@ -23,7 +23,7 @@ from umarvel_ray.data.mbeir import (
     local_pool_name,
 )
 from umarvel_ray.data.records import Candidate, Query
-from umarvel_ray.errors import DataError
+from umarvel_ray.errors import ConfigError, DataError
 
 InstructionChoice = Literal["first", "seeded"]
 _SHARED_POOLS = {"oven": "oven+infoseek", "infoseek": "oven+infoseek"}
@@ -179,6 +179,25 @@ def training_tasks(mbeir: Mbeir) -> tuple[Task, ...]:
 def tasks_of_split(mbeir: Mbeir, split: str) -> tuple[Task, ...]:
     """Tasks of train, val or test, in the order of `TASKS`."""
     return training_tasks(mbeir) if split == "train" else mbeir.tasks(split)
+
+
+def chosen_tasks(mbeir: Mbeir, split: str, names: tuple[str, ...] | None) -> tuple[Task, ...]:
+    """Tasks of a split, those named or all.
+
+    Raises:
+        ConfigError: A named task has no file there, or there is none at all.
+    """
+    present = tasks_of_split(mbeir, split)
+    if not present:
+        raise ConfigError(f"{mbeir.root}: no task of M-BEIR has a {split} file there. Check root and split.")
+    if names is None:
+        return present
+    if missing := [name for name in names if name not in {task.name for task in present}]:
+        raise ConfigError(
+            f"{mbeir.root}: {len(missing)} of {len(names)} tasks have no {split} file (first: {missing[0]}). "
+            f"There are: {', '.join(task.name for task in present)}."
+        )
+    return tuple(task for task in present if task.name in names)
 
 
 def query_source(

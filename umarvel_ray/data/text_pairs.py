@@ -79,9 +79,9 @@ class NliPairs:
         query, positive, *hard = self._rows[row]
         name = f"nli:{row % len(self) + 1}"
         return TrainingPair(
-            query=Query(qid=name, txt=query),
-            positive=Candidate(did=name, txt=positive),
-            negatives=tuple(Candidate(did=f"{name}:hard", txt=txt) for txt in hard),
+            query=Query(qid=name, txt=query, verbatim=True),
+            positive=Candidate(did=name, txt=positive, verbatim=True),
+            negatives=tuple(Candidate(did=f"{name}:hard", txt=txt, verbatim=True) for txt in hard),
         )
 
     def where(self, row: int) -> str:

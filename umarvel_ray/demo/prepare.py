@@ -5,13 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from umarvel_ray.artifacts import changed_settings, read_json, write_json
+from umarvel_ray.artifacts import claim_folder
 from umarvel_ray.config import Config, load_config
 from umarvel_ray.demo.backbone import BackboneConfig, make_backbone
 from umarvel_ray.demo.world import WorldConfig, make_world, world_texts
-from umarvel_ray.errors import OutputError
 
-_MADE = "demo.json"
 _CONFIGS = Path(__file__).parents[2] / "configs"
 RUN_CONFIG = _CONFIGS / "demo.yaml"
 WORLD_CONFIG = _CONFIGS / "demo_world.yaml"
@@ -47,18 +45,9 @@ def prepare_demo(config: DemoConfig, home: Path, *, progress: Callable[[float], 
     Raises:
         OutputError: `home` holds the world of other settings, or something else.
     """
-    settings = config.model_dump(mode="json")
-    place = home / _MADE
-    if place.exists():
-        if changes := changed_settings(read_json(place), settings):
-            key, before, now = changes[0]
-            raise OutputError(
-                f"{home}: holds a world of other settings: {len(changes)} differ (first: {key} was {before!r}, is "
-                f"{now!r}). Give another --output, or remove this folder."
-            )
+    claim_folder(home, config.model_dump(mode="json"), claim="demo.json")
+    if (home / "backbone" / "config.json").exists():
         return False
-    if home.exists() and (strangers := sorted({item.name for item in home.iterdir()} - {"world", "backbone"})):
-        raise OutputError(f"{home}: holds files of something else (first: {strangers[0]}). Give another --output.")
     make_world(
         config.world,
         home / "world",
@@ -66,7 +55,6 @@ def prepare_demo(config: DemoConfig, home: Path, *, progress: Callable[[float], 
         progress=None if progress is None else lambda done, total: progress(done / total),
     )
     make_backbone(world_texts(home / "world"), home / "backbone", config.backbone)
-    write_json(place, settings)
     return True
 
 

@@ -1,11 +1,13 @@
 """A Qwen2-VL folder → model and tokenizer; LoRA on the decoder; which parameters train; saving."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from umarvel_ray.config import ConfigT, build_config
 from umarvel_ray.errors import CheckpointError
 from umarvel_ray.model.attention import PackedLayout, use_packed_attention
 from umarvel_ray.model.images import normalise_patches
@@ -16,18 +18,29 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 
 
+HUB_PREFIX = "hf://"
+
+
 def load_backbone(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model with LM head, in packed attention, and tokenizer.
 
+    Args:
+        path: A Transformers folder, or `hf://OWNER/NAME` for a model of the hub, where there is a network.
+        dtype: Of the weights.
+
     Raises:
-        CheckpointError: The folder is no Qwen2-VL checkpoint.
+        CheckpointError: There is no Qwen2-VL checkpoint.
     """
+    if path.startswith(HUB_PREFIX):
+        # The hub library reads this once, when it is first imported.
+        os.environ["HF_HUB_OFFLINE"] = "0"
+        path = path.removeprefix(HUB_PREFIX)
+    elif not (Path(path) / "config.json").exists():
+        raise CheckpointError(
+            f"{path}: no config.json there, so no checkpoint. Give a Transformers folder, or hf://OWNER/NAME."
+        )
     from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
 
-    if "://" not in path and Path(path).is_absolute() and not (Path(path) / "config.json").exists():
-        raise CheckpointError(
-            f"{path}: no config.json there, so no checkpoint. Give a Transformers folder or a hub id."
-        )
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -128,3 +141,23 @@ def save_backbone(model: Any, tokenizer: Any, source: str, folder: Path) -> None
 def read_settings_file(path: Path) -> dict[str, Any]:
     """A JSON file beside the weights; an empty mapping where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def resolve_settings(
+    stored: dict[str, Any], asked: ConfigT | None, schema: type[ConfigT], *, path: str
+) -> ConfigT:
+    """The settings a model was made with, else those asked for, else the defaults.
+
+    Raises:
+        CheckpointError: It was made with other settings than `asked`.
+    """
+    if not stored:
+        return asked or schema()
+    made_with = build_config(stored["settings"], schema, where=path)
+    if asked is None or asked == made_with:
+        return made_with
+    name = next(name for name in schema.model_fields if getattr(asked, name) != getattr(made_with, name))
+    raise CheckpointError(
+        f"{path}: made with {name}={getattr(made_with, name)!r}, asked for {getattr(asked, name)!r}. "
+        "Leave the setting out, or start from the backbone."
+    )

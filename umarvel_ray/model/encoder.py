@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from umarvel_ray.artifacts import write_json
-from umarvel_ray.config import build_config
 from umarvel_ray.data.records import Candidate, Query
-from umarvel_ray.errors import CheckpointError
 from umarvel_ray.model.attention import PackedLayout
 from umarvel_ray.model.backbone import (
     DTYPES,
@@ -23,6 +21,7 @@ from umarvel_ray.model.backbone import (
     load_backbone,
     merge_lora,
     read_settings_file,
+    resolve_settings,
     save_backbone,
     set_trainable,
 )
@@ -66,7 +65,7 @@ class Encoder(nn.Module):
         """Load a stock backbone or a checkpoint of ours.
 
         Args:
-            path: A Transformers folder or hub id.
+            path: A Transformers folder, or `hf://OWNER/NAME`.
             settings: For a stock backbone. A checkpoint brings its own, and refuses others.
 
         Raises:
@@ -74,24 +73,13 @@ class Encoder(nn.Module):
         """
         path = str(path)
         stored = read_settings_file(Path(path) / SETTINGS_FILE)
-        if stored:
-            made_with = build_config(stored["settings"], EncoderSettings, where=f"{path}/{SETTINGS_FILE}")
-            if settings is not None and settings != made_with:
-                name = next(
-                    n for n in EncoderSettings.model_fields if getattr(settings, n) != getattr(made_with, n)
-                )
-                raise CheckpointError(
-                    f"{path}: made with {name}={getattr(made_with, name)!r}, "
-                    f"asked for {getattr(settings, name)!r}. "
-                    "Leave the setting out, or start from the backbone."
-                )
-            settings = made_with
+        settings = resolve_settings(stored, settings, EncoderSettings, path=path)
         model, tokenizer = load_backbone(path, DTYPES[dtype])
         add_tokens(model, tokenizer, ADDED_TOKENS)
         encoder = cls(
             model,
             tokenizer,
-            settings or EncoderSettings(),
+            settings,
             temperature=stored.get("temperature", INITIAL_TEMPERATURE),
             source=path,
         )

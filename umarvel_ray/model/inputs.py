@@ -124,6 +124,14 @@ class ChatTemplate:
         self.image_end = _encode(tokenizer, head[start:].split(pad)[1])
         self.after = _encode(tokenizer, tail)
         self.tail = tail
+        special = dict.fromkeys([*tokenizer.all_special_tokens, *ADDED_TOKENS])
+        self._special = re.compile("|".join(map(re.escape, special)))
+
+    def words(self, text: str | None) -> str:
+        """Text from data: special tokens spelt out there are words, not commands."""
+        if not text or "<" not in text:
+            return text or ""
+        return self._special.sub(lambda match: " ".join(match.group()), text)
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
@@ -138,9 +146,6 @@ class InputBuilder:
         self._tokenizer = tokenizer
         self._template = ChatTemplate(
             tokenizer, answer=f"{EMBED_TOKEN}.", generation_prompt=settings.append_generation_prompt
-        )
-        self._special = re.compile(
-            "|".join(re.escape(token) for token in tokenizer.all_special_tokens + list(ADDED_TOKENS))
         )
         start, end, embed = tokenizer.convert_tokens_to_ids([INSTRUCTION_START, INSTRUCTION_END, EMBED_TOKEN])
         self._start_id, self._end_id, self._embed_id = start, end, embed
@@ -163,18 +168,14 @@ class InputBuilder:
 
     def text_of(self, record: Query | Candidate) -> str:
         """The user's text as the model reads it, before templating."""
-        txt = self._plain(record.txt or "")
+        txt = self._template.words(record.txt)
         mode = self.settings.instruction
         if isinstance(record, Query) and record.instruction and mode != "none":
-            instruction = clean(self._plain(record.instruction))
+            instruction = clean(self._template.words(record.instruction))
             if mode == "masked":
                 instruction = f"{INSTRUCTION_START}{instruction}{INSTRUCTION_END}"
             return clean(f"{instruction} {txt}")
-        return clean(txt)
-
-    def _plain(self, text: str) -> str:
-        """Special tokens spelt out in data are words, not commands."""
-        return self._special.sub(lambda match: " ".join(match.group()), text) if "<" in text else text
+        return txt if record.verbatim else clean(txt)
 
     def _build(self, record: Query | Candidate) -> Item:
         template = self._template

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from umarvel_ray.artifacts import write_json
-from umarvel_ray.config import build_config
 from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.errors import CheckpointError
 from umarvel_ray.model.attention import Block, PackedLayout
@@ -26,6 +25,7 @@ from umarvel_ray.model.backbone import (
     load_backbone,
     merge_lora,
     read_settings_file,
+    resolve_settings,
     save_backbone,
     set_trainable,
 )
@@ -142,12 +142,14 @@ class TreeBuilder:
     ) -> tuple[list[int], list[tuple[np.ndarray, tuple[int, int]]], int]:
         """Tokens of one pair up to where the answer begins, the candidate's image, and where that stands.
 
-        Two candidates' images are spelt with the same tokens but are not the same: no prefix reaches into one.
+        Two candidates' images may take the same tokens and yet differ: no prefix reaches into one.
         """
-        words = self._cut(clean(f"{clean(query.instruction or '')} {query.txt or ''}"))
+        template = self._template
+        instruction = clean(template.words(query.instruction))
+        words = self._cut(clean(f"{instruction} {template.words(query.txt)}"))
         images: list[tuple[np.ndarray, tuple[int, int]]] = []
         picture = 0
-        ids = list(self._template.before)
+        ids = list(template.before)
         text = f"{_PROMPTS[self.settings.prompt]}Query:"
         if query.img_path:
             ids += [*self._encode(text), *self._image_ids(self._image(query.img_path)[1])]
@@ -160,7 +162,7 @@ class TreeBuilder:
             picture = len(ids)
             ids += self._image_ids(image[1])
             text = ""
-        text += self._cut(clean(candidate.txt or ""))
+        text += self._cut(clean(template.words(candidate.txt)))
         ids += [*self._encode(text), *self._after]
         return ids, images, picture if images else len(ids)
 
@@ -254,15 +256,21 @@ class Reranker(nn.Module):
     ) -> "Reranker":
         """Load a stock backbone or a reranker of ours.
 
+        Args:
+            path: A Transformers folder, or `hf://OWNER/NAME`.
+            settings: For a stock backbone. A reranker brings its own, and refuses others.
+            device: Where to score.
+            dtype: Of the weights.
+
         Raises:
-            CheckpointError: Nothing loadable there, or Yes and No are not single tokens.
+            CheckpointError: Nothing loadable there, it was made with other settings than `settings`, or Yes
+                and No are not single tokens.
         """
         path = str(path)
         stored = read_settings_file(Path(path) / SETTINGS_FILE)
-        if stored and settings is None:
-            settings = build_config(stored["settings"], RerankerSettings, where=f"{path}/{SETTINGS_FILE}")
+        settings = resolve_settings(stored, settings, RerankerSettings, path=path)
         model, tokenizer = load_backbone(path, DTYPES[dtype])
-        reranker = cls(model, tokenizer, settings or RerankerSettings(), source=path)
+        reranker = cls(model, tokenizer, settings, source=path)
         return reranker.requires_grad_(False).eval().to(device)
 
     @property

@@ -8,8 +8,14 @@ from rich.table import Table
 
 from umarvel_ray.artifacts import is_finished
 from umarvel_ray.config import Config
-from umarvel_ray.data.mbeir import Mbeir, check_mbeir
-from umarvel_ray.data.sources import pool_sources, query_source, tasks_of_split, training_tasks
+from umarvel_ray.data.mbeir import ImageCheck, Mbeir, check_mbeir
+from umarvel_ray.data.sources import (
+    chosen_tasks,
+    pool_sources,
+    query_source,
+    tasks_of_split,
+    training_tasks,
+)
 from umarvel_ray.data.text_pairs import CaptionPairs, NliPairs, check_captions
 from umarvel_ray.errors import UmarvelError
 from umarvel_ray.pipeline.settings import RunConfig
@@ -18,7 +24,7 @@ from umarvel_ray.pipeline.view import View
 from umarvel_ray.train.settings import StageConfig
 
 
-def check_run(run: RunConfig, view: View, *, images: str = "exists") -> list[str]:
+def check_run(run: RunConfig, view: View, *, images: ImageCheck = "exists") -> list[str]:
     """All faults of a run, one line each; prints them, and a line that says there are none."""
     faults: list[str] = []
 
@@ -29,18 +35,24 @@ def check_run(run: RunConfig, view: View, *, images: str = "exists") -> list[str
             faults.append(str(error))
             return None
 
-    if not _is_hub_id(run.backbone) and not (Path(run.backbone) / "config.json").exists():
-        faults.append(f"{run.backbone}: no config.json there, so no backbone. Give a Transformers folder or a hub id.")
+    if not run.backbone.startswith("hf://") and not (Path(run.backbone) / "config.json").exists():
+        faults.append(
+            f"{run.backbone}: no config.json there, so no backbone. Give a Transformers folder or hf://OWNER/NAME."
+        )
     mbeir = attempt(lambda: Mbeir(run.data.root))
     if mbeir is not None:
         for split in ("val", "test"):
             if not mbeir.tasks(split):
                 faults.append(f"{run.data.root}: no query/{split} file of any task. Unpack M-BEIR there.")
-        faults += attempt(lambda: check_mbeir(run.data.root, tasks=run.data.tasks, images=images)) or []  # type: ignore[arg-type]
+        tasks = None
+        if run.data.tasks is not None:
+            tasks = attempt(lambda: chosen_tasks(mbeir, "test", run.data.tasks))
+        splits = ("train", "val", "test")
+        faults += attempt(lambda: check_mbeir(run.data.root, tasks=tasks, splits=splits, images=images)) or []
     attempt(lambda: len(NliPairs(run.data.nli, use_hard_negatives=False)))
     captions = attempt(lambda: CaptionPairs(run.data.captions, image_root=run.data.caption_images))
     if captions is not None:
-        faults += attempt(lambda: check_captions(captions, images=images)) or []  # type: ignore[arg-type]
+        faults += attempt(lambda: check_captions(captions, images=images)) or []
     output = Path(run.output)
     if not faults and (output / "run.json").exists():
         from umarvel_ray.pipeline.run import claim_run
@@ -50,10 +62,6 @@ def check_run(run: RunConfig, view: View, *, images: str = "exists") -> list[str
         view.console.print(fault, style="red", soft_wrap=True, markup=False)
     view.line(f"{len(faults)} kinds of faults" if faults else "no faults found")
     return faults
-
-
-def _is_hub_id(path: str) -> bool:
-    return not path.startswith("/") and "://" not in path
 
 
 def print_settings(config: Config, view: View) -> None:
@@ -84,7 +92,11 @@ def print_plan(run: RunConfig, view: View) -> None:
 
 def _work(config: Any, mbeir: Mbeir, run: RunConfig) -> str:
     if isinstance(config, StageConfig):
-        length = f"{config.train.num_steps} steps" if config.train.num_steps else f"{config.train.num_epochs} epochs"
+        length = (
+            f"{config.train.num_steps} steps"
+            if config.train.num_steps
+            else f"{config.train.num_epochs} epochs"
+        )
         return f"{length} of {config.train.batch_size} queries, {config.train.trainable}, seed {config.seed}"
     if hasattr(config, "splits"):
         rows = 0

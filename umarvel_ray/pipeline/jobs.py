@@ -12,15 +12,15 @@ from umarvel_ray.artifacts import (
     DONE_FILE,
     JOB_FILE,
     claim_folder,
-    finish_folder,
     fingerprint,
+    finish_folder,
     is_finished,
     read_json,
     write_json,
 )
 from umarvel_ray.config import Config
 from umarvel_ray.data.mbeir import Mbeir
-from umarvel_ray.data.sources import local_pool_source, pool_sources, query_source
+from umarvel_ray.data.sources import chosen_tasks, local_pool_source, pool_sources, query_source
 from umarvel_ray.data.trec import Qrels, Run
 from umarvel_ray.pipeline.settings import EvaluateConfig, MineConfig, ReportConfig
 from umarvel_ray.pipeline.view import View, short_time
@@ -44,11 +44,18 @@ def train(config: StageConfig, runtime: RuntimeSettings, view: View) -> Summary:
         def on_step(entry: dict[str, Any]) -> None:
             last.update(entry)
             temperature = f"  τ {entry['temperature']:.4f}" if "temperature" in entry else ""
-            bar.at(entry["step"], f"loss {entry['loss']:.3f}{temperature}  {entry['queries_per_s']:.0f} queries/s")
+            bar.at(
+                entry["step"],
+                f"loss {entry['loss']:.3f}{temperature}  {entry['queries_per_s']:.0f} queries/s",
+            )
 
         run_stage(config, runtime, on_step)
     kept = ("loss", "temperature", "accuracy", "queries_per_s")
-    return {"steps": num_steps, "training_queries": len(data), **{key: last[key] for key in kept if key in last}}
+    return {
+        "steps": num_steps,
+        "training_queries": len(data),
+        **{key: last[key] for key in kept if key in last},
+    }
 
 
 def embed(config: EmbedConfig, runtime: RuntimeSettings, view: View) -> Summary:
@@ -70,7 +77,6 @@ def embed(config: EmbedConfig, runtime: RuntimeSettings, view: View) -> Summary:
 
 def search(config: SearchConfig, runtime: RuntimeSettings, view: View) -> Summary:
     """Embedding stores → runs, local and global."""
-    from umarvel_ray.retrieve.embed import chosen_tasks
     from umarvel_ray.runtime.searching import SearchTask, search
 
     mbeir, stores = Mbeir(config.root), Path(config.embeddings)
@@ -79,7 +85,10 @@ def search(config: SearchConfig, runtime: RuntimeSettings, view: View) -> Summar
         chosen = chosen_tasks(mbeir, request.split, config.tasks)
         everything = tuple(stores / source.name for source in pool_sources(mbeir, request.split, chosen))
         for task in chosen:
-            pools = {"local": (stores / local_pool_source(mbeir, task, request.split).name,), "global": everything}
+            pools = {
+                "local": (stores / local_pool_source(mbeir, task, request.split).name,),
+                "global": everything,
+            }
             for scope in request.scopes:
                 tasks.append(
                     SearchTask(
@@ -101,7 +110,6 @@ def search(config: SearchConfig, runtime: RuntimeSettings, view: View) -> Summar
 
 def mine(config: MineConfig, runtime: RuntimeSettings, view: View) -> Summary:
     """Runs of the training queries → hard negatives by qid, with counts of all that was dropped."""
-    from umarvel_ray.retrieve.embed import chosen_tasks
     from umarvel_ray.retrieve.mine import mine_run
 
     mbeir = Mbeir(config.root)
@@ -127,7 +135,6 @@ def mine(config: MineConfig, runtime: RuntimeSettings, view: View) -> Summary:
 def rerank(config: RerankConfig, runtime: RuntimeSettings, view: View) -> Summary:
     """Runs → P(Yes) of each hit → fused runs, and the teacher of the distillation."""
     from umarvel_ray.evaluate.benchmark import evaluate_run
-    from umarvel_ray.retrieve.embed import chosen_tasks
     from umarvel_ray.retrieve.rerank import RerankingWorker, fuse, merge_runs, plan_scores, tune_alpha
     from umarvel_ray.runtime.pool import run_pool
 
@@ -150,7 +157,9 @@ def rerank(config: RerankConfig, runtime: RuntimeSettings, view: View) -> Summar
     if config.alpha_from:
         tuned = read_json(Path(config.alpha_from) / "alpha.json")
     elif config.alpha == "tune":
-        on_val = {task: (recall[key], scores[key]) for key in scores for split, task, _ in [key] if split == "val"}
+        on_val = {
+            task: (recall[key], scores[key]) for key in scores for split, task, _ in [key] if split == "val"
+        }
         by_name = {task.name: task for task in chosen_tasks(mbeir, "val", config.tasks)}
 
         def quality(name: str) -> Callable[[Run], float]:
@@ -158,7 +167,9 @@ def rerank(config: RerankConfig, runtime: RuntimeSettings, view: View) -> Summar
             # The mean reciprocal rank feels every move; the headline of a few dozen queries hardly does.
             return lambda run: evaluate_run(by_name[name], run, qrels)["mrr@10"]
 
-        tuned = tune_alpha(on_val, {name: quality(name) for name in on_val}, grid=[step / 20 for step in range(21)])
+        tuned = tune_alpha(
+            on_val, {name: quality(name) for name in on_val}, grid=[step / 20 for step in range(21)]
+        )
     else:
         tuned = {"alpha": config.alpha, "curve": []}
     write_json(output / "alpha.json", tuned)
@@ -174,7 +185,7 @@ def evaluate(config: EvaluateConfig, runtime: RuntimeSettings, view: View) -> Su
     """Runs and qrels → `results.json`."""
     from umarvel_ray.evaluate.benchmark import assemble_results, evaluate_run
     from umarvel_ray.pipeline.versions import library_versions
-    from umarvel_ray.retrieve.embed import checkpoint_fingerprint, chosen_tasks
+    from umarvel_ray.retrieve.embed import checkpoint_fingerprint
 
     mbeir = Mbeir(config.root)
     tasks = chosen_tasks(mbeir, config.split, config.tasks)
@@ -187,7 +198,10 @@ def evaluate(config: EvaluateConfig, runtime: RuntimeSettings, view: View) -> Su
         pool_of = {"local": dids[local_pool_source(mbeir, task, config.split).name], "global": everything}
         measured[task.name] = {
             scope: evaluate_run(
-                task, Run.read(run_path(config.runs, config.split, task.name, scope)), qrels, pool_dids=pool_of[scope]
+                task,
+                Run.read(run_path(config.runs, config.split, task.name, scope)),
+                qrels,
+                pool_dids=pool_of[scope],
             )
             for scope in config.scopes
         }
@@ -242,7 +256,9 @@ def perform(kind: str, config: Config, runtime: RuntimeSettings, view: View, *, 
     summary = JOBS[kind][1](config, runtime, view)
     seconds = time.perf_counter() - started
     finish_folder(output, {**summary, "seconds": round(seconds, 2)})
-    figures = "  ".join(_figure(key, value) for key, value in summary.items() if isinstance(value, int | float))
+    figures = "  ".join(
+        _figure(key, value) for key, value in summary.items() if isinstance(value, int | float)
+    )
     view.line(f"[green]✓[/] {title}  [dim]{short_time(seconds)}  {figures}[/]")
     return True
 

@@ -1,14 +1,12 @@
 """From a settings file to a run: load, order, and do the recipe's jobs one after the other."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from umarvel_ray.artifacts import changed_settings, is_finished, read_json, write_json
+from umarvel_ray.artifacts import claim_folder, is_finished, read_json
 from umarvel_ray.config import load_config
-from umarvel_ray.errors import OutputError
 from umarvel_ray.pipeline.jobs import JOBS, perform, seconds_of
 from umarvel_ray.pipeline.settings import ReportConfig, RunConfig
 from umarvel_ray.pipeline.stages import Job, recipe
@@ -54,21 +52,13 @@ def run_recipe(run: RunConfig, view: View) -> None:
 
 
 def claim_run(output: Path, run: RunConfig) -> None:
-    """A run owns its folder as a job owns its own; who does the work may change."""
-    settings = json.loads(run.model_dump_json(exclude={"output", "runtime", "title"}))
-    place = output / RUN_FILE
-    if place.exists():
-        if changes := changed_settings(read_json(place), settings):
-            key, before, now = changes[0]
-            raise OutputError(
-                f"{output}: made with other settings: {len(changes)} differ (first: {key} was {before!r}, is {now!r}). "
-                "Give another output, or remove this folder to start again."
-            )
-        return
-    if output.exists() and any(not item.name.startswith(".") for item in output.iterdir()):
-        first = sorted(item.name for item in output.iterdir() if not item.name.startswith("."))[0]
-        raise OutputError(f"{output}: holds files of something else (first: {first}). Give another output folder.")
-    write_json(place, settings)
+    """A run owns its folder as a job owns its own; who does the work, and what it is called, may change.
+
+    Raises:
+        OutputError: It was made with other settings, or holds files of something else.
+    """
+    settings = run.model_dump(mode="json", exclude={"output", "runtime", "title"})
+    claim_folder(output, settings, claim=RUN_FILE)
 
 
 def _with_facts(config: ReportConfig, run: RunConfig, jobs: Sequence[Job]) -> ReportConfig:

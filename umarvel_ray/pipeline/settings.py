@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from umarvel_ray.config import Config, PathSetting
 from umarvel_ray.data.sources import InstructionChoice
 from umarvel_ray.evaluate.report import ReportInputs
-from umarvel_ray.model.settings import EncoderSettings, RerankerSettings
+from umarvel_ray.model.settings import DtypeName, EncoderSettings, RerankerSettings
 from umarvel_ray.retrieve.mine import MiningConfig
 from umarvel_ray.retrieve.settings import Scope, Split
 from umarvel_ray.runtime.cluster import RuntimeSettings
@@ -86,7 +86,7 @@ class RerankerStage(Config):
     train: TrainSettings
     pairs: RerankerTrainSettings = RerankerTrainSettings()
     start: Literal["backbone", "text", "align", "instruct", "hard"] = "backbone"
-    """The paper starts from the stock model; a backbone of random weights needs one that has learned to see."""
+    """The paper takes the stock model; a backbone of random weights has to learn to see first."""
     mining: MiningConfig
     depth: PositiveInt = 50
     """Hits re-scored per query, in validation and test."""
@@ -133,20 +133,23 @@ class RunConfig(Config):
     output: PathSetting
     seed: NonNegativeInt
     backbone: PathSetting
+    """A Transformers folder, or `hf://OWNER/NAME`."""
+    dtype: DtypeName = "float32"
+    """In which models compute; bfloat16 on a GPU. What LoRA trains stays float32."""
     data: DataSettings
     encoder: EncoderSettings = EncoderSettings()
     reranker: RerankerSettings = RerankerSettings()
     stages: StageSettings
     retrieval: RetrievalSettings = RetrievalSettings()
     controls: tuple[Literal["in_batch", "unfiltered", "own_negatives", "continue_hard"], ...] = ()
-    """Ablations beside the recipe: more steps without hard negatives; hard negatives without filter; without in-batch
-    negatives (Table 5); the distillation's data as hard negatives (Table 6)."""
-    evaluate_stages: tuple[Literal["text", "align", "instruct", "hard", "reranked", "distil", "distil_reranked"], ...] = (
+    """Ablations beside the recipe: more steps without hard negatives; hard negatives without filter; without
+    in-batch negatives (Table 5); the distillation's data as hard negatives (Table 6)."""
+    columns: tuple[Literal["instruct", "hard", "reranked", "distil", "distil_reranked"], ...] = (
         "instruct",
         "hard",
         "reranked",
         "distil",
         "distil_reranked",
     )
-    """Columns of the report."""
+    """What is evaluated and stands in the report, besides the controls."""
     runtime: RuntimeSettings = RuntimeSettings()

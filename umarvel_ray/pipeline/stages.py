@@ -25,6 +25,17 @@ from umarvel_ray.retrieve.settings import (
 )
 from umarvel_ray.train.settings import CHECKPOINT, CaptionData, MbeirData, NliData, StageConfig
 
+_BASELINES = {
+    "reranked": "hard",
+    "distil": "hard",
+    "distil_reranked": "distil",
+    "in_batch": "instruct",
+    "unfiltered": "instruct",
+    "own_negatives": "instruct",
+    "continue_hard": "hard",
+}
+"""From which column a column's gain is counted: the one that its training or its lists start from."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -43,7 +54,9 @@ def recipe(run: RunConfig) -> list[Job]:
     mbeir = MbeirData(kind="mbeir", root=data.root)
 
     # 3.1 Progressive transition: text retrieval, cross-modal alignment, instruction tuning.
-    text = plan.train("text", "1a text retrieval", run.backbone, NliData(kind="nli", path=data.nli), stages.text)
+    text = plan.train(
+        "text", "1a text retrieval", run.backbone, NliData(kind="nli", path=data.nli), stages.text
+    )
     captions = CaptionData(kind="captions", path=data.captions, image_root=data.caption_images)
     align = plan.train("align", "1b cross-modal alignment", text, captions, stages.align)
     instruct = plan.train("instruct", "1c instruction tuning", align, mbeir, stages.instruct)
@@ -62,7 +75,9 @@ def recipe(run: RunConfig) -> list[Job]:
     # 3.3 A reranker on what stage 2 finds; fused with it, it is the teacher.
     start = run.backbone if stages.reranker.start == "backbone" else plan.checkpoint(stages.reranker.start)
     lists = plan.mine("reranker_lists", found_hard, "local", stages.reranker.mining)
-    reranker = plan.train_reranker("reranker", start, mbeir.model_copy(update={"lists": f"{lists}/negatives.arrow"}))
+    reranker = plan.train_reranker(
+        "reranker", start, mbeir.model_copy(update={"lists": f"{lists}/negatives.arrow"})
+    )
     depth, scopes = stages.reranker.depth, stages.reranker.scopes
     scored = plan.rerank(
         "reranked",
@@ -81,7 +96,7 @@ def recipe(run: RunConfig) -> list[Job]:
     distil = plan.train("distil", "3 distillation", hard, teacher, stages.distil)
     found_distil = plan.retrieve("distil", distil, ("test",))
     plan.evaluate("distil", "3 distilled", distil, found_distil)
-    if "distil_reranked" in run.evaluate_stages:
+    if "distil_reranked" in run.columns:
         request = RerankRequest(split="test", depth=depth, scopes=scopes)
         scored_distil = plan.rerank("distil_reranked", reranker, found_distil, [request], alpha_from=scored)
         plan.evaluate("distil_reranked", "3 + rerank", reranker, scored_distil)
@@ -98,7 +113,15 @@ def recipe(run: RunConfig) -> list[Job]:
         plan.control("own_negatives", "2 own negatives", instruct, hard_data, stages.hard, negatives="own")
     if "continue_hard" in run.controls:
         same_lists = mbeir.model_copy(update={"lists": f"{scored}/teacher.arrow"})
-        plan.control("continue_hard", "3 continue-hard", hard, same_lists, stages.distil, kind="info_nce", negatives="own")
+        plan.control(
+            "continue_hard",
+            "3 continue-hard",
+            hard,
+            same_lists,
+            stages.distil,
+            kind="info_nce",
+            negatives="own",
+        )
 
     plan.report()
     return plan.jobs
@@ -134,6 +157,7 @@ class _Plan:
             data=data,
             train=stage.train,
             loss=stage.loss.model_copy(update=loss),
+            dtype=self._run.dtype,
             encoder=self._run.encoder if start == self._run.backbone else None,
         )
         self._add("train", name, f"train {title}", config)
@@ -152,6 +176,7 @@ class _Plan:
             train=stage.train,
             pairs=stage.pairs,
             reranker=self._run.reranker,
+            dtype=self._run.dtype,
         )
         self._add("train", name, "train reranker", config)
         self._curves.append(TrainingInput(title="reranker", metrics=f"{folder}/metrics.jsonl"))
@@ -175,6 +200,7 @@ class _Plan:
                 seed=self._run.seed,
                 rows_per_shard=how.rows_per_shard,
                 dtype=how.dtype,
+                compute_dtype=self._run.dtype,
                 max_tokens=how.max_tokens,
             ),
         )
@@ -188,7 +214,8 @@ class _Plan:
                 output=output,
                 root=root,
                 requests=tuple(
-                    SearchRequest.model_validate({"split": s, "scopes": scopes[s], "depth": how.depth}) for s in splits
+                    SearchRequest.model_validate({"split": s, "scopes": scopes[s], "depth": how.depth})
+                    for s in splits
                 ),
                 tasks=tasks,
                 query_block_rows=how.query_block_rows,
@@ -214,7 +241,12 @@ class _Plan:
         return folder
 
     def rerank(
-        self, name: str, reranker: str, runs: str, requests: Sequence[RerankRequest], alpha_from: str | None = None
+        self,
+        name: str,
+        reranker: str,
+        runs: str,
+        requests: Sequence[RerankRequest],
+        alpha_from: str | None = None,
     ) -> str:
         """Score and fuse runs; returns the folder of fused ones."""
         how, folder = self._run.retrieval, self._folder("rerank", name)
@@ -231,13 +263,14 @@ class _Plan:
             instruction=how.instruction,
             queries_per_shard=how.queries_per_shard,
             max_tokens=how.max_tokens,
+            compute_dtype=self._run.dtype,
         )
         self._add("rerank", name, f"re-rank: {name.replace('_', ' ')}", config)
         return folder
 
     def evaluate(self, name: str, title: str, checkpoint: str, runs: str) -> None:
         """Results of a stage on the test split, if the run wants that column."""
-        if name not in (*self._run.evaluate_stages, *self._run.controls):
+        if name not in (*self._run.columns, *self._run.controls):
             return
         folder = self._folder("evaluate", name)
         config = EvaluateConfig(
@@ -251,7 +284,13 @@ class _Plan:
         )
         self._add("evaluate", name, f"evaluate {title}", config)
         self._columns.append(
-            StageInput(name=name, title=title, results=f"{folder}/results.json", runs=f"{runs}/test")
+            StageInput(
+                name=name,
+                title=title,
+                results=f"{folder}/results.json",
+                runs=f"{runs}/test",
+                baseline=_BASELINES.get(name),
+            )
         )
 
     def control(self, name: str, title: str, start: str, data: Any, stage: TrainedStage, **loss: Any) -> None:

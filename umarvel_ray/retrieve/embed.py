@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from umarvel_ray.artifacts import fingerprint, read_json
-from umarvel_ray.data.mbeir import Mbeir, Task
+from umarvel_ray.data.mbeir import Mbeir
 from umarvel_ray.data.records import Query
-from umarvel_ray.data.sources import Source, pool_sources, query_source, tasks_of_split
-from umarvel_ray.errors import ConfigError
+from umarvel_ray.data.sources import Source, chosen_tasks, pool_sources, query_source
 from umarvel_ray.model.encoder import SETTINGS_FILE, Encoder
 from umarvel_ray.retrieve.settings import EmbedConfig
 from umarvel_ray.retrieve.store import ShardRange, finish_store, finished_shards, plan_shards, write_shard
@@ -25,25 +24,6 @@ class ShardTask:
     fingerprint: str
     dtype: Literal["float16", "bfloat16", "float32"]
     max_tokens: int
-
-
-def chosen_tasks(mbeir: Mbeir, split: str, names: tuple[str, ...] | None) -> tuple[Task, ...]:
-    """Tasks of a split, those named or all.
-
-    Raises:
-        ConfigError: A named task has no file there, or there is none at all.
-    """
-    present = tasks_of_split(mbeir, split)
-    if not present:
-        raise ConfigError(f"{mbeir.root}: no task of M-BEIR has a {split} file there. Check root and split.")
-    if names is None:
-        return present
-    if missing := [name for name in names if name not in {task.name for task in present}]:
-        raise ConfigError(
-            f"{mbeir.root}: {len(missing)} of {len(names)} tasks have no {split} file (first: {missing[0]}). "
-            f"There are: {', '.join(task.name for task in present)}."
-        )
-    return tuple(task for task in present if task.name in names)
 
 
 def embedding_sources(config: EmbedConfig) -> list[Source]:

@@ -14,11 +14,10 @@ import numpy as np
 
 from umarvel_ray.artifacts import fingerprint
 from umarvel_ray.data.mbeir import Mbeir
-from umarvel_ray.data.sources import RecordReader, pool_sources, query_source
+from umarvel_ray.data.sources import RecordReader, chosen_tasks, pool_sources, query_source
 from umarvel_ray.data.trec import Run
 from umarvel_ray.errors import ShardError
 from umarvel_ray.model.reranker import Reranker
-from umarvel_ray.retrieve.embed import chosen_tasks
 from umarvel_ray.retrieve.settings import RerankConfig, Scope, run_path
 
 

@@ -20,7 +20,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    # Ray Data hands actors their class through the object store, and Ray's core calls that an error each time.
+    # Ray Data hands actors their class through the object store; Ray's core calls that an error each time.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",

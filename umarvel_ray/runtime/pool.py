@@ -71,11 +71,13 @@ def run_pool(
         yield answer
 
 
-def run_actors(tasks: Sequence[Any], make_worker: MakeWorker, runtime: RuntimeSettings) -> Iterator[dict[str, Any]]:
-    """Like `run_pool`, over plain Ray actors: for workers that keep state between tasks, such as an open pool.
+def run_actors(
+    tasks: Sequence[Any], make_worker: MakeWorker, runtime: RuntimeSettings
+) -> Iterator[dict[str, Any]]:
+    """Like `run_pool`, over plain Ray actors: for workers that keep state between tasks.
 
-    Two tasks wait at each actor, so none idles and nothing piles up; an actor that dies is made anew and its tasks
-    are repeated.
+    Two tasks wait at each actor, so none idles and nothing piles up; an actor that dies is made anew and its
+    tasks are repeated.
     """
     if not tasks:
         return
@@ -85,7 +87,7 @@ def run_actors(tasks: Sequence[Any], make_worker: MakeWorker, runtime: RuntimeSe
     import ray
 
     actor_class = ray.remote(
-        num_cpus=runtime.cpus, num_gpus=runtime.gpus or None, max_restarts=-1, max_task_retries=3
+        num_cpus=runtime.cpus, num_gpus=runtime.gpus, max_restarts=-1, max_task_retries=3
     )(_Actor)
     actors = [actor_class.remote(make_worker, runtime) for _ in range(min(runtime.num_actors, len(tasks)))]
     waiting = iter(tasks)
@@ -108,7 +110,7 @@ def run_actors(tasks: Sequence[Any], make_worker: MakeWorker, runtime: RuntimeSe
             yield answer
     finally:
         for actor in actors:
-            ray.kill(actor)
+            ray.kill(actor)  # pyright: ignore[reportArgumentType]
 
 
 class _Actor:
