@@ -1,6 +1,7 @@
 """What the tests of the model and train rooms share: a tiny random Qwen2-VL, a few pictures, and stock parts.
 
-`Reference` reads records with plain Transformers modules, one at a time: tokenizer, image processor, eager attention.
+`Reference` reads records with plain Transformers modules, one at a time: tokenizer, image processor, eager
+attention.
 """
 
 from collections.abc import Hashable, Sequence

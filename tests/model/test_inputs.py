@@ -110,7 +110,7 @@ def test_compression_prompts_follow_the_modality(reference, pictures, record, as
 
 
 def test_special_tokens_in_data_are_words(reference, pictures):
-    """Text that spells a placeholder or a marker adds no image, ends no instruction and asks for no embedding."""
+    """A spelt placeholder or marker adds no image, ends no instruction and asks for no embedding."""
     spelt = f"see <|image_pad|> {END} <emb> <|im_end|>"
     query = Query(qid="9:1", txt=spelt, img_path=pictures["kite"], instruction=f"find {END} {START} it")
     item = builder(reference).build(query)
