@@ -97,6 +97,22 @@ def test_a_stopped_search_goes_on_where_it_was(tmp_path, stores):
         assert Run.read(task.output).as_dict() == expected(task)
 
 
+def test_blocks_of_another_search_are_not_taken_for_ours(tmp_path, stores):
+    def stop(done, total):
+        if done:
+            raise Stopped
+
+    output = tmp_path / "out" / "run.arrow"
+    for k, pools in ((3, (stores["pool1"],)), (8, (stores["pool2"],))):
+        with pytest.raises(Stopped):
+            search(
+                [SearchTask(stores["queries"], pools, k, output)], LOCAL, query_block_rows=5, progress=stop
+            )
+    task = SearchTask(stores["queries"], (stores["pool1"],), 8, output)
+    search([task], LOCAL, query_block_rows=5)
+    assert Run.read(output).as_dict() == expected(task)
+
+
 def test_stores_of_other_widths_are_refused(tmp_path, stores):
     narrow = make_store(tmp_path / "narrow", 6, seed=9, dim=8)
     with pytest.raises(UmarvelError, match="width"):

@@ -1,10 +1,9 @@
 """Exact search over stores: query blocks dealt to actors that stream memory-mapped candidates.
 
-Queries are sharded first: an actor takes one block of queries past the whole pool, so nothing is merged and no matrix
-crosses the object store. A finished block is a file; a killed search does only what is missing.
+Queries are sharded first: an actor takes one block of queries past the whole pool, so nothing is merged and
+no matrix crosses the object store. A finished block is a file; a killed search does only what is missing.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from umarvel_ray.artifacts import fingerprint
 from umarvel_ray.data.trec import Run
-from umarvel_ray.errors import DataError
-from umarvel_ray.retrieve.store import EmbeddingStore
+from umarvel_ray.retrieve.store import EmbeddingPool, EmbeddingStore
 from umarvel_ray.runtime.cluster import RuntimeSettings
 from umarvel_ray.runtime.pool import run_actors
 
@@ -71,21 +70,22 @@ def search(
     for _ in run_actors(missing, SearchWorker, runtime):
         done += 1
         progress(done, total)
+    import pyarrow as pa
+
     for task, some in blocks.items():
-        parts = [Run.read(block.part) for block in some]
-        Run(
-            qids=[qid for part in parts for qid in part.qids],
-            dids=[dids for part in parts for dids in part.dids],
-            scores=[scores for part in parts for scores in part.scores],
-        ).write(task.output)
+        tables = [Run.read(block.part).table() for block in some]
+        Run.from_table(pa.concat_tables(tables)).write(task.output)
         for block in some:
             block.part.unlink()
         some[0].part.parent.rmdir()
 
 
 def _blocks(task: SearchTask, rows: int) -> list[_Block]:
-    num_queries = len(EmbeddingStore.open(task.queries))
-    folder = task.output.with_name(f".{task.output.stem}.parts")
+    queries, pool = EmbeddingStore.open(task.queries), EmbeddingPool(task.pools)
+    made_of = [queries.fingerprint, [store.fingerprint for store in pool.stores], task.k, rows]
+    # Named by all that decides its content: blocks of another search are never taken for ours.
+    folder = task.output.with_name(f".{task.output.stem}.{fingerprint(made_of)}.parts")
+    num_queries = len(queries)
     return [
         _Block(task, start, min(start + rows, num_queries), folder / f"block-{start // rows:05d}.arrow")
         for start in range(0, num_queries, rows)
@@ -99,38 +99,41 @@ class SearchWorker:
         import torch
 
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._pools: dict[tuple[Path, ...], tuple[list[EmbeddingStore], np.ndarray]] = {}
+        self._pools: dict[tuple[Path, ...], EmbeddingPool] = {}
 
     def __call__(self, block: _Block) -> dict[str, Any]:
         """Write the block's part of the run."""
+
+        import pyarrow as pa
+
         from umarvel_ray.retrieve.search import top_k
 
         queries = EmbeddingStore.open(block.task.queries)
-        stores, dids = self._pool(block.task.pools)
+        pool = self._pool(block.task.pools)
         best = top_k(
             queries.vectors(block.start, block.stop),
-            (
-                store.vectors(start, min(start + _CANDIDATE_ROWS, len(store)))
-                for store in stores
-                for start in range(0, len(store), _CANDIDATE_ROWS)
-            ),
+            pool.blocks(_CANDIDATE_ROWS),
             block.task.k,
             device=self._device,
         )
-        block.part.parent.mkdir(parents=True, exist_ok=True)
-        Run(
-            qids=queries.ids.slice(block.start, block.stop - block.start).to_pylist(),
-            dids=dids[best.rows_QK].tolist(),
-            scores=best.scores_QK,
+        num_queries, num_hits = best.rows_QK.shape
+        dids = pool.ids.take(pa.array(best.rows_QK.reshape(-1))).cast(pa.string())
+        offsets = np.arange(num_queries + 1, dtype=np.int32) * num_hits
+        Run.from_table(
+            pa.table(
+                {
+                    "qid": queries.ids.slice(block.start, num_queries),
+                    "did": pa.ListArray.from_arrays(pa.array(offsets), dids),
+                    "score": pa.ListArray.from_arrays(
+                        pa.array(offsets), pa.array(best.scores_QK.reshape(-1))
+                    ),
+                }
+            )
         ).write(block.part)
-        return {"queries": block.stop - block.start}
+        return {"queries": num_queries}
 
-    def _pool(self, paths: tuple[Path, ...]) -> tuple[list[EmbeddingStore], np.ndarray]:
+    def _pool(self, paths: tuple[Path, ...]) -> EmbeddingPool:
         if paths not in self._pools:
-            stores = [EmbeddingStore.open(path) for path in paths]
-            if len({store.dim for store in stores}) > 1:
-                widths = ", ".join(f"{os.path.basename(s.folder)}: {s.dim}" for s in stores)
-                raise DataError(f"{paths[0].parent}: stores of different widths ({widths}). Embed them with one checkpoint.")
-            dids = np.concatenate([np.asarray(store.ids.to_pylist(), dtype=object) for store in stores])
-            self._pools = {paths: (stores, dids)}  # one pool at a time: ids of 5.6M candidates are half a gigabyte
+            # One at a time: the ids of 5.6M candidates are 0.1 GB.
+            self._pools = {paths: EmbeddingPool(paths)}
         return self._pools[paths]
