@@ -103,7 +103,6 @@ class SearchWorker:
 
     def __call__(self, block: _Block) -> dict[str, Any]:
         """Write the block's part of the run."""
-
         import pyarrow as pa
 
         from umarvel_ray.retrieve.search import top_k
