@@ -103,7 +103,7 @@ def sum_gradients(model: nn.Module, backward: Callable[[int], None], *, lanes: L
     total = lanes.sum(by_lane)
     place = 0
     for parameter in trained:
-        parameter.grad = total[place : place + parameter.numel()].view_as(parameter)
+        parameter.grad = total[place : place + parameter.numel()].view_as(parameter).to(parameter.dtype)
         place += parameter.numel()
 
 
