@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from umarvel_ray.artifacts import atomic_folder, read_json, write_json
+from umarvel_ray.artifacts import atomic_folder, atomic_write, read_json, write_json
 from umarvel_ray.errors import CheckpointError
 
 _WEIGHTS, _OPTIMIZER, _STATE = "trained.safetensors", "optimizer.pt", "state.json"
@@ -45,8 +45,9 @@ def restore_latest(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     newest = states[-1]
     trained = _trained(model)
     stored = load_file(newest / _WEIGHTS)
-    if stored.keys() != trained.keys():
-        odd = sorted(stored.keys() ^ trained.keys())
+    shapes, wanted = ({name: tensor.shape for name, tensor in half.items()} for half in (stored, trained))
+    if shapes != wanted:
+        odd = sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))
         raise CheckpointError(
             f"{newest}: holds other parameters than this model trains: {len(odd)} differ (first: {odd[0]}). "
             "Remove the folder to train this stage again."
@@ -71,7 +72,8 @@ class MetricsLog:
                     break
                 if entry["step"] <= steps_done:
                     kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
+        with atomic_write(path) as file:
+            file.writelines(kept)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:

@@ -68,10 +68,10 @@ def train(
         set_learning_rate(optimizer, rate)
         figures = task.backward(prepared, seed=hash((seed, step)))
         grad_norm = clip_gradients(task.model, settings.max_grad_norm)
-        require_finite(step=step, samples=task.samples(prepared), loss=figures["loss"], grad_norm=grad_norm)
+        done = step + 1
+        require_finite(step=done, samples=task.samples(prepared), loss=figures["loss"], grad_norm=grad_norm)
         optimizer.step()
         task.after_step()
-        done = step + 1
         if log:
             seconds = time.perf_counter() - started
             entry = {
