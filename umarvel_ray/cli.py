@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from umarvel_ray.data.mbeir import ImageCheck
 from umarvel_ray.errors import UmarvelError
 from umarvel_ray.runtime.cluster import RuntimeSettings, connect, disconnect, prepare_environment
 
@@ -65,9 +66,7 @@ def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False
 def check(
     config: ConfigPath,
     overrides: Overrides = None,
-    images: Annotated[
-        str, typer.Option(help="none, exists or decode: how closely pictures are looked at.")
-    ] = "exists",
+    images: Annotated[ImageCheck, typer.Option(help="How closely pictures are looked at.")] = "exists",
 ) -> None:
     """Data, settings and outputs of a run: every fault with file and line; nothing is started."""
     from umarvel_ray.pipeline.check import check_run
@@ -98,7 +97,7 @@ def demo(
 def run_job(kind: str, config: Path, overrides: list[str], *, dry_run: bool = False) -> None:
     """Run one job from its own settings file; see `umarvel JOB --help`."""
     from umarvel_ray.pipeline.jobs import perform
-    from umarvel_ray.pipeline.run import load_job
+    from umarvel_ray.pipeline.run import load_job, print_results
 
     settings, runtime = load_job(kind, config, overrides)
     if dry_run:
@@ -106,7 +105,10 @@ def run_job(kind: str, config: Path, overrides: list[str], *, dry_run: bool = Fa
 
         print_settings(settings, _view())
         return
-    _with_ray(runtime, lambda: perform(kind, settings, runtime, _view()))
+    view = _view()
+    _with_ray(runtime, lambda: perform(kind, settings, runtime, view))
+    if kind == "evaluate":
+        print_results([Path(settings.output) / "results.json"], view)
 
 
 def _with_ray(runtime: RuntimeSettings, work: Callable[[], Any]) -> None:

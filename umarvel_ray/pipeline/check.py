@@ -60,7 +60,7 @@ def check_run(run: RunConfig, view: View, *, images: ImageCheck = "exists") -> l
         attempt(lambda: claim_run(output, run))
     for fault in faults:
         view.console.print(fault, style="red", soft_wrap=True, markup=False)
-    view.line(f"{len(faults)} kinds of faults" if faults else "no faults found")
+    view.line(f"{len(faults)} fault{'s' * (len(faults) > 1)}" if faults else "no faults found")
     return faults
 
 

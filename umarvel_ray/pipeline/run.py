@@ -74,12 +74,17 @@ def _with_facts(config: ReportConfig, run: RunConfig, jobs: Sequence[Job]) -> Re
     return config.model_copy(update={"facts": facts})
 
 
-def _print_end(jobs: Sequence[Job], view: View) -> None:
+def print_results(results: Sequence[Path], view: View) -> None:
+    """The table of results: tasks × stages, local and global."""
     from umarvel_ray.evaluate.benchmark import print_results_table
 
+    print_results_table([read_json(path) for path in results], console=view.console)
+
+
+def _print_end(jobs: Sequence[Job], view: View) -> None:
     results = [Path(job.config.output) / "results.json" for job in jobs if job.kind == "evaluate"]  # type: ignore[attr-defined]
     if results:
-        print_results_table([read_json(path) for path in results], console=view.console)
+        print_results(results, view)
     for job in jobs:
         if job.kind == "report":
             view.line(f"report: {job.config.output}/report.html")  # type: ignore[attr-defined]

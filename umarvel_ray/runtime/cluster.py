@@ -18,7 +18,6 @@ _ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # Ray Data hands actors their class through the object store; Ray's core calls that an error each time.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
@@ -98,8 +97,10 @@ def disconnect() -> None:
         sys.modules["ray"].shutdown()
 
 
-def use_threads(settings: RuntimeSettings) -> None:
-    """Bound this process's compute threads."""
+def prepare_worker(settings: RuntimeSettings) -> None:
+    """Bound this process's compute threads, and hide GPUs that it was not given."""
+    if not settings.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
     torch.set_num_threads(settings.threads)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from umarvel_ray.errors import UmarvelError
-from umarvel_ray.runtime.cluster import RuntimeSettings, use_threads
+from umarvel_ray.runtime.cluster import RuntimeSettings, prepare_worker
 
 MakeWorker = Callable[[], Callable[[Any], dict[str, Any]]]
 
@@ -19,7 +19,7 @@ class _Shell:
     """The actor: makes its worker once, hands it one task a call."""
 
     def __init__(self, make_worker: MakeWorker, runtime: RuntimeSettings) -> None:
-        use_threads(runtime)
+        prepare_worker(runtime)
         self._work = make_worker()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
@@ -43,7 +43,7 @@ def run_pool(
     if not tasks:
         return
     if runtime.kind == "local":
-        use_threads(runtime)
+        prepare_worker(runtime)
         work = make_worker()
         for task in tasks:
             yield work(task)
@@ -117,7 +117,7 @@ class _Actor:
     """The actor of `run_actors`: makes its worker once, hands it one task a call."""
 
     def __init__(self, make_worker: MakeWorker, runtime: RuntimeSettings) -> None:
-        use_threads(runtime)
+        prepare_worker(runtime)
         self._worker = make_worker()
 
     def work(self, task: Any) -> dict[str, Any] | UmarvelError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from umarvel_ray.errors import TrainingError, UmarvelError
-from umarvel_ray.runtime.cluster import RuntimeSettings, use_threads
+from umarvel_ray.runtime.cluster import RuntimeSettings, prepare_worker
 from umarvel_ray.train.settings import StageConfig
 
 OnStep = Callable[[dict[str, Any]], None]
@@ -19,7 +19,7 @@ def run_stage(config: StageConfig, runtime: RuntimeSettings, on_step: OnStep = l
         from umarvel_ray.train.gather import Lanes
         from umarvel_ray.train.stage import train_stage
 
-        use_threads(runtime)
+        prepare_worker(runtime)
         train_stage(config, Lanes(runtime.num_workers), on_step)
         return
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -57,7 +57,7 @@ def _worker(settings: dict[str, Any]) -> None:
     from umarvel_ray.train.stage import train_stage
 
     runtime = build_config(settings["runtime"], RuntimeSettings)
-    use_threads(runtime)
+    prepare_worker(runtime)
     lanes = WorkerLanes()
     train_stage(build_config(settings["config"], StageConfig), lanes)
     torch.distributed.barrier()
