@@ -1,4 +1,4 @@
-"""What the tests of the model and train rooms share: a tiny random Qwen2-VL, a few pictures, and stock parts.
+"""What the tests of model, training and their data share: a tiny random Qwen2-VL, pictures, a small M-BEIR.
 
 `Reference` reads records with plain Transformers modules, one at a time: tokenizer, image processor, eager
 attention.
@@ -14,6 +14,14 @@ import pytest
 from PIL import Image
 
 from umarvel_ray.data.batches import TrainingItem
+from umarvel_ray.data.mbeir import (
+    TASK_BY_NAME,
+    Mbeir,
+    QueryRecord,
+    write_instructions,
+    write_pool,
+    write_queries,
+)
 from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.demo.backbone import BackboneConfig, make_backbone
 
@@ -156,3 +164,63 @@ def write_nli(folder: Path) -> Path:
     path = folder / "nli.csv"
     path.write_text("\n".join(["sent0,sent1,hard_neg", *rows]) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def mbeir_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small M-BEIR: MSCOCO's two tasks, OVEN and InfoSeek with shared passages, one question asked twice.
+
+    `kite.png` and `again.png` are the same bytes; 5:1 and 6:1 have the same words.
+    """
+    root = tmp_path_factory.mktemp("data") / "M-BEIR"
+    images = root / "mbeir_images"
+    images.mkdir(parents=True)
+    for name, colour in {"kite": "red", "again": "red", "boat": "blue", "tower": "grey"}.items():
+        Image.new("RGB", (30, 30), colour).save(images / f"{name}.png")
+    photos = [
+        Candidate(did=f"9:{number}", img_path=str(images / f"{name}.png"))
+        for number, name in enumerate(("kite", "again", "boat"), start=1)
+    ]
+    captions = [Candidate(did="9:11", txt="A kite."), Candidate(did="9:12", txt="Flying.")]
+    passages = [
+        Candidate(did="5:1", txt="A tower in Paris."),
+        Candidate(did="6:1", txt="A tower in Paris."),
+        Candidate(did="6:2", txt="A bridge."),
+    ]
+    tower, boat = str(images / "tower.png"), str(images / "boat.png")
+    records = {
+        "mscoco": [
+            QueryRecord(query=Query(qid="9:101", txt="a kite"), positives=("9:1",), task_id=0),
+            QueryRecord(query=Query(qid="9:102", img_path=boat), positives=("9:11", "9:12"), task_id=3),
+            QueryRecord(query=Query(qid="9:103", txt="a kite"), positives=("9:3",), task_id=0),
+        ],
+        "oven": [
+            QueryRecord(
+                query=Query(qid="5:201", txt="Where?", img_path=tower), positives=("5:1", "6:1"), task_id=6
+            )
+        ],
+        "infoseek": [
+            QueryRecord(query=Query(qid="6:301", txt="What?", img_path=tower), positives=("6:2",), task_id=6)
+        ],
+    }
+    mbeir = Mbeir(root)
+    for dataset, queries in records.items():
+        write_queries(mbeir.training_queries_path(dataset), queries, root)
+    everything = [query for queries in records.values() for query in queries]
+    write_queries(mbeir.union_training_queries_path(), everything, root)
+    write_pool(mbeir.global_pool_path("train"), [*passages, *photos, *captions], root)
+    for split in ("val", "test"):
+        for name, queries in (("mscoco_task0", records["mscoco"][:1]), ("oven_task6", records["oven"])):
+            write_queries(mbeir.queries_path(TASK_BY_NAME[name], split), queries, root)
+        write_pool(mbeir.local_pool_path(TASK_BY_NAME["mscoco_task0"], split), photos, root)
+    write_pool(mbeir.local_pool_path(TASK_BY_NAME["oven_task6"], "test"), passages[:1], root)
+    write_instructions(
+        mbeir.instructions_path(),
+        {
+            (9, "text", "image"): ["Find a photo.", "Show it.", "Get the picture.", "Which image?"],
+            (9, "image", "text"): ["Find the caption."],
+            (5, "image,text", "text"): ["Answer."],
+            (6, "image,text", "text"): ["Reply."],
+        },
+    )
+    return root

@@ -86,6 +86,17 @@ def test_tokens_and_pooling_are_those_of_the_whole_rendered_prompt(
     assert whole.endswith("<|im_start|>assistant\n" if generation_prompt else "<emb>.<|im_end|>\n")
 
 
+def test_verbatim_words_stay_as_they_are(reference):
+    """Sentence pairs of the first stage are read raw; only spelt special tokens are not."""
+    build = builder(reference)
+    for record in (
+        Query(qid="nli:1", txt=' a "red" kite', verbatim=True),
+        Candidate(did="nli:1", txt=' a "red" kite', verbatim=True),
+    ):
+        assert build.text_of(record) == ' a "red" kite'
+    assert build.text_of(Candidate(did="nli:2", txt="no <emb>", verbatim=True)) == "no < e m b >"
+
+
 def test_last_pooling_takes_the_token_before_emb(reference, pictures):
     for record in (ASKED, SHOWN, FOUND):
         item = builder(reference, pooling="last").build(placed(record, pictures))

@@ -120,13 +120,13 @@ def reference_step(
     content = {key(c): c for item in items for c in (item.positive, *item.others)}
     relevant: dict[Any, set[Any]] = {}
     for item in items:
-        question = (item.query.txt, item.query.img_path, item.query.instruction)
+        question = (item.query.txt, item.query.img_path)
         relevant.setdefault(question, set()).update(item.relevant)
     loss = torch.zeros(())
     pools = []
     for item in items:
         own = key(item.positive)
-        question = (item.query.txt, item.query.img_path, item.query.instruction)
+        question = (item.query.txt, item.query.img_path)
         false = relevant[question] - {own} if settings.mask_false_negatives else set()
         listed = {own, *map(key, item.others)} if settings.negatives == "own" else set(content)
         pools.append(listed - false)

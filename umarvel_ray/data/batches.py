@@ -135,7 +135,7 @@ def build_batch(data: TrainingSet, rows: np.ndarray, *, visit: int) -> Contrasti
     for index, item in enumerate(items):
         others_QK[index, : len(item.others)] = [column(other) for other in item.others]
     false_QC = np.zeros((len(items), len(candidates)), dtype=bool)
-    # Two visits of one question share what is relevant to either.
+    # Two rows of one question share what is relevant to either.
     relevant_of: dict[Hashable, set[Hashable]] = {}
     for item in items:
         relevant_of.setdefault(_same_question(item.query), set()).update(item.relevant)
@@ -160,7 +160,8 @@ def build_batch(data: TrainingSet, rows: np.ndarray, *, visit: int) -> Contrasti
 
 
 def _same_question(query: Query) -> Hashable:
-    return query.txt, query.img_path, query.instruction
+    """Words and picture alone: each row draws its own wording of the instruction."""
+    return query.txt, query.img_path
 
 
 def token_cost(record: Query | Candidate, *, image_tokens: int = 128) -> int:
