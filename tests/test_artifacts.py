@@ -134,7 +134,7 @@ def test_other_settings_are_refused_by_the_first_that_differs(tmp_path):
 def test_a_folder_of_someone_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("…")
     (tmp_path / "archive").mkdir()
-    with pytest.raises(OutputError, match=r"holds files that no job of ours claims \(first: archive\)"):
+    with pytest.raises(OutputError, match=r"holds 2 files that are not ours \(first: archive\)"):
         claim_folder(tmp_path, {"seed": 1})
     assert sorted(os.listdir(tmp_path)) == ["archive", "thesis.tex"]
 

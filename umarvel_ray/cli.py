@@ -84,11 +84,12 @@ def demo(
 ) -> None:
     """The whole recipe on a small rendered world, in minutes, on two cores: a table and report.html."""
     from umarvel_ray.demo.prepare import RUN_CONFIG, demo_places, load_demo_config, prepare_demo
+    from umarvel_ray.model.settings import RERANKER_PROMPTS
     from umarvel_ray.pipeline.run import load_run, run_recipe
 
     home, view = output.resolve(), _view()
     with view.bar("drawing the world", 1) as bar:
-        if prepare_demo(load_demo_config(), home, progress=bar.at):
+        if prepare_demo(load_demo_config(), home, prompts=[RERANKER_PROMPTS["plain"]], progress=bar.at):
             view.line(f"[green]✓[/] world and backbone made in {home}")
     settings = load_run(RUN_CONFIG, [*demo_places(home), *(overrides or [])])
     _with_ray(settings.runtime, lambda: run_recipe(settings, view))

@@ -75,18 +75,18 @@ def test_visits_draw_positives_and_instructions(mbeir):
 
 def test_listed_positives_and_their_copies_are_dropped_from_mined_lists(mbeir):
     """9:2 is 9:1 under another did; neither counts among the wanted number."""
-    data = MbeirSet(mbeir, seed=1, lists=LISTS, drop_positives=True)
+    data = MbeirSet(mbeir, seed=1, lists=LISTS, only_listed=True, drop_positives=True)
     assert len(data) == 3
     shown = {(item := data.item(row, visit=0)).query.qid: [c.did for c in item.others] for row in range(3)}
     assert shown == {"9:101": ["9:3", "6:2"], "9:103": ["9:1", "9:2"], "5:201": ["6:2"]}
-    one = MbeirSet(mbeir, seed=1, lists=LISTS, drop_positives=True, num_others=1)
+    one = MbeirSet(mbeir, seed=1, lists=LISTS, only_listed=True, drop_positives=True, num_others=1)
     shown = {(item := one.item(row, visit=0)).query.qid: [c.did for c in item.others] for row in range(3)}
     assert shown == {"9:101": ["9:3"], "9:103": ["9:1"], "5:201": ["6:2"]}
 
 
 def test_a_teachers_list_is_shown_whole_with_its_scores(mbeir):
     """Joined by qid: the run's order is not the file's."""
-    data = MbeirSet(mbeir, seed=1, lists=LISTS, with_scores=True, num_others=3)
+    data = MbeirSet(mbeir, seed=1, lists=LISTS, only_listed=True, with_scores=True, num_others=3)
     item = data.item(0, visit=5)
     assert item.query.qid == "9:101"
     assert [other.did for other in item.others] == ["9:2", "9:1", "9:3"]
@@ -97,7 +97,7 @@ def test_a_teachers_list_is_shown_whole_with_its_scores(mbeir):
 def test_tasks_can_be_held_out(mbeir):
     data = MbeirSet(mbeir, seed=1, tasks=["mscoco_task0", "infoseek_task6"])
     assert [data.item(row, visit=0).query.qid for row in range(len(data))] == ["9:101", "9:103", "6:301"]
-    both = MbeirSet(mbeir, seed=1, tasks=["mscoco_task0"], lists=LISTS)
+    both = MbeirSet(mbeir, seed=1, tasks=["mscoco_task0"], lists=LISTS, only_listed=True)
     assert [both.item(row, visit=0).query.qid for row in range(len(both))] == ["9:101", "9:103"]
     with pytest.raises(DataError, match="none of 5 training queries has a list or a wanted task"):
         len(MbeirSet(mbeir, seed=1, tasks=["cirr_task7"]))
@@ -130,4 +130,14 @@ def test_copies_under_two_dids_have_one_key(mbeir):
     key = {did: data.content_key(pool.get(did)) for did in pool.dids()}
     assert key["9:1"] == key["9:2"] != key["9:3"]
     assert key["5:1"] == key["6:1"] != key["6:2"]
-    assert data.fingerprint == MbeirSet(mbeir, seed=9, lists=LISTS).fingerprint
+    assert data.fingerprint == MbeirSet(mbeir, seed=9, lists=LISTS, only_listed=True).fingerprint
+
+
+def test_queries_without_a_list_train_on_in_batch_negatives(mbeir):
+    """A filter that leaves a query nothing must not take the query out of the training."""
+    everything = MbeirSet(mbeir, seed=1)
+    data = MbeirSet(mbeir, seed=1, lists=LISTS, drop_positives=True)
+    assert len(data) == len(everything)
+    without = [row for row in range(len(data)) if data.item(row, visit=0).query.qid not in LISTS.qids]
+    assert without
+    assert all(data.item(row, visit=0).others == () for row in without)

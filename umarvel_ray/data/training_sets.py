@@ -50,8 +50,9 @@ class MbeirSet:
     Args:
         mbeir: The data.
         seed: Of positives, instructions and samples.
-        lists: For each query its mined negatives, or the candidates that a teacher scored; queries
-            without a list are left out. None for in-batch negatives only.
+        lists: For each query its mined negatives, or the candidates that a teacher scored. None for in-batch
+            negatives only.
+        only_listed: Leave out queries that have no list. Else they train on in-batch negatives alone.
         num_others: Of a list, how many a visit shows: the first ones; None for all.
         with_scores: Whether the lists' scores are a teacher's.
         drop_positives: Leave listed positives, by did and by content, out of the lists.
@@ -64,6 +65,7 @@ class MbeirSet:
         *,
         seed: int,
         lists: Run | None = None,
+        only_listed: bool = False,
         num_others: int | None = None,
         with_scores: bool = False,
         drop_positives: bool = False,
@@ -74,6 +76,7 @@ class MbeirSet:
         self._instructions: Instructions = mbeir.instructions()
         self._seed = seed
         self._lists = lists
+        self._only_listed = only_listed
         self._num_others = num_others
         self._with_scores = with_scores
         self._drop_positives = drop_positives
@@ -98,7 +101,7 @@ class MbeirSet:
         rows = [
             row
             for row, record in enumerate(self._queries)
-            if (self._lists is None or record.query.qid in self._list_row)
+            if not (self._only_listed and record.query.qid not in self._list_row)
             and (self._tasks is None or task_of(record).name in self._tasks)
         ]
         if not rows:
@@ -133,9 +136,9 @@ class MbeirSet:
     def _others(
         self, record: QueryRecord, relevant: frozenset[Hashable]
     ) -> tuple[tuple[Candidate, ...], tuple[float, ...] | None]:
-        if self._lists is None:
+        place = self._list_row.get(record.query.qid)
+        if self._lists is None or place is None:
             return (), None
-        place = self._list_row[record.query.qid]
         hits = list(zip(self._lists.dids[place], self._lists.scores[place], strict=True))
         chosen: list[tuple[Candidate, float]] = []
         for did, score in hits:

@@ -1,7 +1,7 @@
 """World and backbone of the demonstration, made once under one folder."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from umarvel_ray.demo.backbone import BackboneConfig, make_backbone
 from umarvel_ray.demo.world import WorldConfig, make_world, world_texts
 
 _CONFIGS = Path(__file__).parents[2] / "configs"
+_REPEATS = 200
+"""How often a prompt is shown to the tokenizer: as one of the commoner sentences of the world."""
 RUN_CONFIG = _CONFIGS / "demo.yaml"
 WORLD_CONFIG = _CONFIGS / "demo_world.yaml"
 
@@ -31,12 +33,19 @@ def load_demo_config() -> DemoConfig:
     return load_config(WORLD_CONFIG, DemoConfig)
 
 
-def prepare_demo(config: DemoConfig, home: Path, *, progress: Callable[[float], Any] | None = None) -> bool:
+def prepare_demo(
+    config: DemoConfig,
+    home: Path,
+    *,
+    prompts: Sequence[str] = (),
+    progress: Callable[[float], Any] | None = None,
+) -> bool:
     """Make `home/world` and `home/backbone` unless they are there.
 
     Args:
         config: How large.
         home: The demonstration's folder.
+        prompts: Fixed sentences that models will read, for the tokenizer to learn beside the world's words.
         progress: Called with the share that is done.
 
     Returns:
@@ -54,7 +63,9 @@ def prepare_demo(config: DemoConfig, home: Path, *, progress: Callable[[float], 
         workers=os.cpu_count() or 1,
         progress=None if progress is None else lambda done, total: progress(done / total),
     )
-    make_backbone(world_texts(home / "world"), home / "backbone", config.backbone)
+    make_backbone(
+        [*world_texts(home / "world"), *(_REPEATS * list(prompts))], home / "backbone", config.backbone
+    )
     return True
 
 

@@ -55,6 +55,7 @@ class PackedLayout:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept serves training too, whoever asks first
 def _layout_of_lengths(lengths: tuple[int, ...], causal: bool, device: torch.device) -> PackedLayout:
     length_N = torch.tensor(lengths)
     start_N = torch.cumsum(length_N, 0) - length_N

@@ -96,6 +96,7 @@ def load_patches(path: str, settings: ImageSettings) -> tuple[np.ndarray, tuple[
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is kept serves training too, whoever asks first
 def _scale_and_shift(patch_pixels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     std = torch.tensor(_STD, device=device).repeat_interleave(patch_pixels)
     mean = torch.tensor(_MEAN, device=device).repeat_interleave(patch_pixels)

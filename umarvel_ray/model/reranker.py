@@ -31,21 +31,9 @@ from umarvel_ray.model.backbone import (
 )
 from umarvel_ray.model.images import load_patches
 from umarvel_ray.model.inputs import ChatTemplate, EncoderInputs, clean, micro_batches, mrope_positions
-from umarvel_ray.model.settings import DtypeName, LoraSettings, RerankerSettings
+from umarvel_ray.model.settings import RERANKER_PROMPTS, DtypeName, LoraSettings, RerankerSettings
 
 SETTINGS_FILE = "reranker.json"
-_PROMPTS = {
-    "plain": (
-        "I will provide you with a query and a candidate. Please evaluate whether the candidate meets the "
-        "requirements of the query. If it does, respond with 'Yes'; if it doesn't, respond with 'No'."
-    ),
-    "authors": (
-        "I will provide you with a query and a candidate. Please evaluate whether the candidate"
-        + " " * 24
-        + " meets the requirements of the query. "
-        "If it does, respond with 'Yes'; if it doesn't, responed with 'No'."
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +138,7 @@ class TreeBuilder:
         images: list[tuple[np.ndarray, tuple[int, int]]] = []
         picture = 0
         ids = list(template.before)
-        text = f"{_PROMPTS[self.settings.prompt]}Query:"
+        text = f"{RERANKER_PROMPTS[self.settings.prompt]}Query:"
         if query.img_path:
             ids += [*self._encode(text), *self._image_ids(self._image(query.img_path)[1])]
             text = ""

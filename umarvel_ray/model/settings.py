@@ -50,6 +50,21 @@ class EncoderSettings(Config):
     """Tokens of a query (instruction included) or candidate text, cut before templating."""
 
 
+RERANKER_PROMPTS = {
+    "plain": (
+        "I will provide you with a query and a candidate. Please evaluate whether the candidate meets the "
+        "requirements of the query. If it does, respond with 'Yes'; if it doesn't, respond with 'No'."
+    ),
+    "authors": (
+        "I will provide you with a query and a candidate. Please evaluate whether the candidate"
+        + " " * 24
+        + " meets the requirements of the query. "
+        "If it does, respond with 'Yes'; if it doesn't, responed with 'No'."
+    ),
+}
+"""What stands before a query and a candidate."""
+
+
 class RerankerSettings(Config):
     """Everything that decides a score, besides the weights; every checkpoint has it as `reranker.json`."""
 

@@ -76,7 +76,7 @@ def recipe(run: RunConfig) -> list[Job]:
     start = run.backbone if stages.reranker.start == "backbone" else plan.checkpoint(stages.reranker.start)
     lists = plan.mine("reranker_lists", found_hard, "local", stages.reranker.mining)
     reranker = plan.train_reranker(
-        "reranker", start, mbeir.model_copy(update={"lists": f"{lists}/negatives.arrow"})
+        "reranker", start, mbeir.model_copy(update={"lists": f"{lists}/negatives.arrow", "only_listed": True})
     )
     depth, scopes = stages.reranker.depth, stages.reranker.scopes
     scored = plan.rerank(
@@ -110,9 +110,10 @@ def recipe(run: RunConfig) -> list[Job]:
         unfiltered_data = hard_data.model_copy(update={"lists": f"{unfiltered}/negatives.arrow"})
         plan.control("unfiltered", "2 unfiltered", instruct, unfiltered_data, stages.hard)
     if "own_negatives" in run.controls:
-        plan.control("own_negatives", "2 own negatives", instruct, hard_data, stages.hard, negatives="own")
+        own_data = hard_data.model_copy(update={"only_listed": True})
+        plan.control("own_negatives", "2 own negatives", instruct, own_data, stages.hard, negatives="own")
     if "continue_hard" in run.controls:
-        same_lists = mbeir.model_copy(update={"lists": f"{scored}/teacher.arrow"})
+        same_lists = mbeir.model_copy(update={"lists": f"{scored}/teacher.arrow", "only_listed": True})
         plan.control(
             "continue_hard",
             "3 continue-hard",

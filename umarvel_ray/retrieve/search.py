@@ -225,8 +225,8 @@ class _Part:
         """Bounds of |tile score − exact score|: (absolute, float64 per query; relative to the tile score).
 
         Rounded inputs: Cauchy-Schwarz on the residuals. float32 sums in any order, and the rounding of the
-        exact score: D + 4 roundings of at most the product of the lengths. A bfloat16 result, of 8 significant
-        bits: half a unit in the last place. The factor 1.01 covers second-order terms and the rounding of the
+        exact score: D + 4 roundings of at most the product of the lengths. A bfloat16 result has 8 bits:
+        half a unit in the last place. The factor 1.01 covers second-order terms and the rounding of the
         bounds themselves.
         """
         width = self._queries_QD.shape[1]

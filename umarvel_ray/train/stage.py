@@ -37,6 +37,7 @@ def open_training_set(config: StageConfig) -> TrainingSet:
         seed=config.seed,
         lists=None if data.lists is None else Run.read(data.lists),
         num_others=data.num_negatives,
+        only_listed=data.only_listed or data.list_role == "teacher",
         with_scores=data.list_role == "teacher",
         drop_positives=data.list_role == "negatives",
         tasks=data.tasks,
