@@ -117,12 +117,18 @@ def mine(config: MineConfig, runtime: RuntimeSettings, view: View) -> Summary:
     qrels: Qrels = {}
     for dataset in mbeir.training_datasets():
         qrels |= mbeir.training_qrels(dataset)
+    everything = pool_sources(mbeir, "train", tasks)
     parts = [
         (
             task.name,
             Run.read(run_path(config.search, "train", task.name, config.scope)),
             Path(config.embeddings) / query_source(mbeir, task, "train").name,
-            [Path(config.embeddings) / source.name for source in pool_sources(mbeir, "train", tasks)],
+            [
+                Path(config.embeddings) / source.name
+                for source in (
+                    everything if config.scope == "global" else [local_pool_source(mbeir, task, "train")]
+                )
+            ],
         )
         for task in tasks
     ]
@@ -134,7 +140,7 @@ def mine(config: MineConfig, runtime: RuntimeSettings, view: View) -> Summary:
 
 def rerank(config: RerankConfig, runtime: RuntimeSettings, view: View) -> Summary:
     """Runs → P(Yes) of each hit → fused runs, and the teacher of the distillation."""
-    from umarvel_ray.evaluate.benchmark import evaluate_run
+    from umarvel_ray.evaluate.metrics import mean_scores
     from umarvel_ray.retrieve.rerank import RerankingWorker, fuse, merge_runs, plan_scores, tune_alpha
     from umarvel_ray.runtime.pool import run_pool
 
@@ -165,7 +171,9 @@ def rerank(config: RerankConfig, runtime: RuntimeSettings, view: View) -> Summar
         def quality(name: str) -> Callable[[Run], float]:
             qrels = mbeir.qrels(by_name[name], "val")
             # The mean reciprocal rank feels every move; the headline of a few dozen queries hardly does.
-            return lambda run: evaluate_run(by_name[name], run, qrels)["mrr@10"]
+            return lambda run: mean_scores(qrels, dict(zip(run.qids, run.dids, strict=True)), ["mrr@10"])[
+                "mrr@10"
+            ]
 
         tuned = tune_alpha(
             on_val, {name: quality(name) for name in on_val}, grid=[step / 20 for step in range(21)]
@@ -265,7 +273,8 @@ def perform(kind: str, config: Config, runtime: RuntimeSettings, view: View, *, 
 
 def claimed_settings(kind: str, config: Config) -> dict[str, Any]:
     """What decides a job's output: its settings, and what decided the outputs that it reads."""
-    settings = config.model_dump(mode="json", exclude={"output"})
+    # A report's facts tell how the run went (times, machine): they describe it and decide nothing.
+    settings = config.model_dump(mode="json", exclude={"output", "facts"})
     inputs = {path: fingerprint(read_json(owner)) for path in _paths(settings) if (owner := _owner(path))}
     return {"job": kind, "settings": settings, "inputs": inputs}
 

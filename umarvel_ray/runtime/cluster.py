@@ -2,8 +2,9 @@
 
 import logging
 import os
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, PositiveInt
 
@@ -62,18 +63,28 @@ def connect(settings: RuntimeSettings) -> None:
     import ray
 
     if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(logging_level=logging.ERROR)
-        else:
+        where: dict[str, Any] = {}
+        if not os.environ.get("RAY_ADDRESS"):
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nothing outside this machine can reach it
-            ray.init(
-                address="local",
-                num_cpus=max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            logical_cpus = max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1)
+            where = {"address": "local", "num_cpus": logical_cpus, "include_dashboard": False}
+        with _native_messages_hidden():
+            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
     _require_room(settings, ray.cluster_resources())
+
+
+@contextmanager
+def _native_messages_hidden() -> Iterator[None]:
+    """Ray's core announces its log level on stderr, past Python; what goes wrong comes as an exception anyway."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _require_room(settings: RuntimeSettings, resources: Mapping[str, float]) -> None:
