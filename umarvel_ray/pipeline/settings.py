@@ -1,8 +1,8 @@
 """Settings of the jobs that have no room of their own, and of a whole run. Importing this loads no torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from umarvel_ray.config import Config, PathSetting
 from umarvel_ray.data.sources import InstructionChoice
@@ -12,6 +12,10 @@ from umarvel_ray.retrieve.mine import MiningConfig
 from umarvel_ray.retrieve.settings import Scope, Split
 from umarvel_ray.runtime.cluster import RuntimeSettings
 from umarvel_ray.train.settings import ContrastiveSettings, RerankerTrainSettings, TrainSettings
+
+
+_DEEPEST_METRIC = 10
+"""hit@10 and ndcg@10 are reported of every task."""
 
 
 class MineConfig(Config):
@@ -153,3 +157,30 @@ class RunConfig(Config):
     )
     """What is evaluated and stands in the report, besides the controls."""
     runtime: RuntimeSettings = RuntimeSettings()
+
+    @model_validator(mode="after")
+    def _deep_enough(self) -> Self:
+        found, stages = self.retrieval.depth, self.stages
+        for key, depth in (
+            ("retrieval.depth", found),
+            *((("stages.reranker.depth", stages.reranker.depth),) if self._reranks else ()),
+        ):
+            if depth < _DEEPEST_METRIC:
+                raise ValueError(
+                    f"{key} is {depth}, but hit@{_DEEPEST_METRIC} and ndcg@{_DEEPEST_METRIC} are reported: "
+                    f"give at least {_DEEPEST_METRIC}"
+                )
+        for key, depth in (
+            ("stages.reranker.depth", stages.reranker.depth),
+            ("stages.distil.depth", stages.distil.depth),
+        ):
+            if depth > found:
+                raise ValueError(
+                    f"{key} is {depth}, but retrieval.depth keeps {found} hits per query: "
+                    "raise that or lower this"
+                )
+        return self
+
+    @property
+    def _reranks(self) -> bool:
+        return bool({"reranked", "distil_reranked"} & set(self.columns))
