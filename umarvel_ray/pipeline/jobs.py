@@ -29,6 +29,8 @@ from umarvel_ray.runtime.cluster import RuntimeSettings
 from umarvel_ray.train.settings import StageConfig
 
 Summary = dict[str, Any]
+_FIGURES_SHOWN = 4
+"""Of a job's summary on its line; all of them stand in its `done.json`."""
 
 
 def train(config: StageConfig, runtime: RuntimeSettings, view: View) -> Summary:
@@ -135,7 +137,9 @@ def mine(config: MineConfig, runtime: RuntimeSettings, view: View) -> Summary:
     mined, report = mine_run(parts, qrels, mbeir.global_pool("train"), config.mining, seed=config.seed)
     mined.write(Path(config.output) / "negatives.arrow")
     write_json(Path(config.output) / "mining_report.json", report)
-    return report["counts"]
+    counts = report["counts"]
+    first = {key: counts[key] for key in ("queries", "negatives_kept", "hits_filtered", "queries_short")}
+    return {**first, **counts}
 
 
 def rerank(config: RerankConfig, runtime: RuntimeSettings, view: View) -> Summary:
@@ -264,9 +268,8 @@ def perform(kind: str, config: Config, runtime: RuntimeSettings, view: View, *, 
     summary = JOBS[kind][1](config, runtime, view)
     seconds = time.perf_counter() - started
     finish_folder(output, {**summary, "seconds": round(seconds, 2)})
-    figures = "  ".join(
-        _figure(key, value) for key, value in summary.items() if isinstance(value, int | float)
-    )
+    shown = [_figure(key, value) for key, value in summary.items() if isinstance(value, int | float)]
+    figures = "  ".join(shown[:_FIGURES_SHOWN])
     view.line(f"[green]✓[/] {title}  [dim]{short_time(seconds)}  {figures}[/]")
     return True
 

@@ -75,7 +75,7 @@ def connect(settings: RuntimeSettings) -> None:
 
 @contextmanager
 def _native_messages_hidden() -> Iterator[None]:
-    """Ray's core announces its log level on stderr, past Python; what goes wrong comes as an exception anyway."""
+    """Ray's core announces its log level on stderr, past Python; faults come as exceptions anyway."""
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
