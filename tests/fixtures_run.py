@@ -1,4 +1,4 @@
-"""A run so small that the whole recipe takes seconds: its world, backbone and settings, made once a session."""
+"""A run so small that the whole recipe takes seconds: world, backbone and settings, made once a session."""
 
 import json
 import shutil

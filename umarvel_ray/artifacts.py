@@ -111,6 +111,16 @@ def claim_folder(folder: str | os.PathLike, settings: Mapping[str, Any], *, clai
     Raises:
         OutputError: It was made with other settings, or holds files of something else.
     """
+    if not is_claimed(folder, settings, claim=claim):
+        write_json(Path(folder) / claim, settings)
+
+
+def is_claimed(folder: str | os.PathLike, settings: Mapping[str, Any], *, claim: str = JOB_FILE) -> bool:
+    """Whether `folder` was claimed with these very settings before; False where it is free. Writes nothing.
+
+    Raises:
+        OutputError: As in `claim_folder`.
+    """
     folder = Path(folder)
     claim_file = folder / claim
     if claim_file.exists():
@@ -120,13 +130,20 @@ def claim_folder(folder: str | os.PathLike, settings: Mapping[str, Any], *, clai
                 f"{folder}: made with other settings: {len(changes)} differ (first: {key} was {before!r}, is "
                 f"{now!r}). Give another output folder, or remove this one to start again."
             )
-        return
+        return True
     if folder.exists() and (strangers := sorted(x.name for x in folder.iterdir() if x.name[0] != ".")):
         raise OutputError(
             f"{folder}: holds {len(strangers)} files that are not ours (first: {strangers[0]}). "
             "Give another output folder."
         )
-    write_json(claim_file, settings)
+    return False
+
+
+def release_folder(folder: str | os.PathLike, *, claim: str = JOB_FILE) -> None:
+    """Give back a folder that holds nothing but its claim, so that corrected settings may take it."""
+    folder = Path(folder)
+    if [x.name for x in folder.iterdir() if x.name[0] != "."] == [claim]:
+        (folder / claim).unlink()
 
 
 def is_finished(folder: str | os.PathLike) -> bool:

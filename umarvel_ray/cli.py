@@ -1,8 +1,9 @@
 """`umarvel JOB CONFIG.yaml [key=value …]`: the command line. Our errors become one line and exit code 2."""
 
 import logging
+import os
 import sys
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from umarvel_ray.data.mbeir import ImageCheck
 from umarvel_ray.errors import UmarvelError
-from umarvel_ray.runtime.cluster import RuntimeSettings, connect, disconnect, prepare_environment
+from umarvel_ray.runtime.cluster import prepare_environment
 
 app = typer.Typer(
     name="umarvel",
@@ -59,7 +60,7 @@ def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False
 
         print_plan(settings, _view())
         return
-    _with_ray(settings.runtime, lambda: run_recipe(settings, _view()))
+    run_recipe(settings, _view())
 
 
 @app.command()
@@ -92,7 +93,7 @@ def demo(
         if prepare_demo(load_demo_config(), home, prompts=[RERANKER_PROMPTS["plain"]], progress=bar.at):
             view.line(f"[green]✓[/] world and backbone made in {home}")
     settings = load_run(RUN_CONFIG, [*demo_places(home), *(overrides or [])])
-    _with_ray(settings.runtime, lambda: run_recipe(settings, view))
+    run_recipe(settings, view)
 
 
 def run_job(kind: str, config: Path, overrides: list[str], *, dry_run: bool = False) -> None:
@@ -107,17 +108,9 @@ def run_job(kind: str, config: Path, overrides: list[str], *, dry_run: bool = Fa
         print_settings(settings, _view())
         return
     view = _view()
-    _with_ray(runtime, lambda: perform(kind, settings, runtime, view))
+    perform(kind, settings, runtime, view)
     if kind == "evaluate":
         print_results([Path(settings.output) / "results.json"], view)
-
-
-def _with_ray(runtime: RuntimeSettings, work: Callable[[], Any]) -> None:
-    connect(runtime)
-    try:
-        work()
-    finally:
-        disconnect()
 
 
 def _view() -> Any:
@@ -149,11 +142,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _quiet_libraries() -> None:
-    import os
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # What another library will drop some day is no news to who trains with it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 if __name__ == "__main__":

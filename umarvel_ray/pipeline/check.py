@@ -1,12 +1,14 @@
 """Look before spending: every fault of settings and data, and the plan of a run, with nothing started."""
 
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.table import Table
 
-from umarvel_ray.artifacts import is_finished
+from umarvel_ray.artifacts import is_claimed, is_finished
 from umarvel_ray.config import Config
 from umarvel_ray.data.mbeir import ImageCheck, Mbeir, check_mbeir
 from umarvel_ray.data.sources import (
@@ -17,51 +19,103 @@ from umarvel_ray.data.sources import (
     training_tasks,
 )
 from umarvel_ray.data.text_pairs import CaptionPairs, NliPairs, check_captions
-from umarvel_ray.errors import UmarvelError
+from umarvel_ray.errors import CheckpointError, DataError, UmarvelError
 from umarvel_ray.pipeline.settings import RunConfig
 from umarvel_ray.pipeline.stages import recipe
-from umarvel_ray.pipeline.view import View
+from umarvel_ray.pipeline.view import View, short_time
 from umarvel_ray.train.settings import StageConfig
 
+RUN_FILE = "run.json"
+"""A run's claim on its folder."""
 
-def check_run(run: RunConfig, view: View, *, images: ImageCheck = "exists") -> list[str]:
-    """All faults of a run, one line each; prints them, and a line that says there are none."""
-    faults: list[str] = []
+
+@dataclass(frozen=True)
+class Findings:
+    """What a look at a run's settings and data found.
+
+    Attributes:
+        faults: One line each, the output folder's first.
+        looked_at: How much was there, for people.
+    """
+
+    faults: tuple[UmarvelError, ...]
+    looked_at: str
+
+
+def run_claim(run: RunConfig) -> dict[str, Any]:
+    """What owns a run's folder: all that decides its results. Workers and title may change."""
+    return run.model_dump(mode="json", exclude={"output", "runtime", "title"})
+
+
+def find_faults(run: RunConfig, *, images: ImageCheck = "exists") -> Findings:
+    """Read settings and data of a run, every line once; nothing is written but the files' indexes."""
+    faults: list[UmarvelError] = []
+    counts: list[str] = []
 
     def attempt(step: Any) -> Any:
         try:
             return step()
         except UmarvelError as error:
-            faults.append(str(error))
+            faults.append(error)
             return None
+
+    attempt(lambda: is_claimed(run.output, run_claim(run), claim=RUN_FILE))
 
     if not run.backbone.startswith("hf://") and not (Path(run.backbone) / "config.json").exists():
         faults.append(
-            f"{run.backbone}: no config.json there, so no backbone. Give a Transformers folder or hf://OWNER/NAME."
+            CheckpointError(
+                f"{run.backbone}: no config.json there, so no backbone. Give a Transformers folder or "
+                "hf://OWNER/NAME."
+            )
         )
     mbeir = attempt(lambda: Mbeir(run.data.root))
     if mbeir is not None:
-        for split in ("val", "test"):
-            if not mbeir.tasks(split):
-                faults.append(f"{run.data.root}: no query/{split} file of any task. Unpack M-BEIR there.")
-        tasks = None
-        if run.data.tasks is not None:
-            tasks = attempt(lambda: chosen_tasks(mbeir, "test", run.data.tasks))
-        splits = ("train", "val", "test")
-        faults += attempt(lambda: check_mbeir(run.data.root, tasks=tasks, splits=splits, images=images)) or []
-    attempt(lambda: len(NliPairs(run.data.nli, use_hard_negatives=False)))
+        # Training reads all data sets, whatever tasks are evaluated.
+        found = attempt(lambda: check_mbeir(run.data.root, splits=("train",), images=images)) or []
+        named = run.data.tasks
+        tasks = None if named is None else attempt(lambda: chosen_tasks(mbeir, "test", named))
+        if named is None or tasks:
+            splits = ("val", "test")
+            found += (
+                attempt(lambda: check_mbeir(run.data.root, tasks=tasks, splits=splits, images=images)) or []
+            )
+        faults += [DataError(fault) for fault in dict.fromkeys(found)]
+        counts.append(f"{len(tasks if tasks is not None else mbeir.tasks('test'))} tasks")
+    sentences = attempt(lambda: NliPairs(run.data.nli, use_hard_negatives=False))
+    if sentences is not None:
+        counts.append(f"{len(sentences):,} sentence pairs")
     captions = attempt(lambda: CaptionPairs(run.data.captions, image_root=run.data.caption_images))
     if captions is not None:
-        faults += attempt(lambda: check_captions(captions, images=images)) or []
-    output = Path(run.output)
-    if not faults and (output / "run.json").exists():
-        from umarvel_ray.pipeline.run import claim_run
+        counts.append(f"{len(captions):,} captions")
+        faults += [
+            DataError(fault) for fault in attempt(lambda: check_captions(captions, images=images)) or []
+        ]
+    return Findings(tuple(faults), ", ".join(counts))
 
-        attempt(lambda: claim_run(output, run))
-    for fault in faults:
-        view.console.print(fault, style="red", soft_wrap=True, markup=False)
-    view.line(f"{len(faults)} fault{'s' * (len(faults) > 1)}" if faults else "no faults found")
-    return faults
+
+def require_sound(run: RunConfig, view: View) -> None:
+    """Look before the first job starts.
+
+    Raises:
+        UmarvelError: The first fault, with the number of all.
+    """
+    started = time.perf_counter()
+    found = find_faults(run)
+    if found.faults:
+        first, *others = found.faults
+        more = f" ({len(found.faults)} faults in all; `umarvel check` lists them.)" if others else ""
+        raise type(first)(f"{first}{more}")
+    view.line(f"checked {found.looked_at} in {short_time(time.perf_counter() - started)}: no faults")
+
+
+def check_run(run: RunConfig, view: View, *, images: ImageCheck = "exists") -> list[str]:
+    """All faults of a run, one line each; prints them, and a line that says there are none."""
+    found = find_faults(run, images=images)
+    for fault in found.faults:
+        view.console.print(str(fault), style="red", soft_wrap=True, markup=False)
+    number = len(found.faults)
+    view.line(f"{number} fault{'s' * (number > 1)}" if number else f"{found.looked_at}: no faults found")
+    return [str(fault) for fault in found.faults]
 
 
 def print_settings(config: Config, view: View) -> None:

@@ -16,16 +16,18 @@ from umarvel_ray.artifacts import (
     finish_folder,
     is_finished,
     read_json,
+    release_folder,
     write_json,
 )
 from umarvel_ray.config import Config
 from umarvel_ray.data.mbeir import Mbeir
 from umarvel_ray.data.sources import chosen_tasks, local_pool_source, pool_sources, query_source
 from umarvel_ray.data.trec import Qrels, Run
+from umarvel_ray.errors import UmarvelError
 from umarvel_ray.pipeline.settings import EvaluateConfig, MineConfig, ReportConfig
 from umarvel_ray.pipeline.view import View, short_time
 from umarvel_ray.retrieve.settings import EmbedConfig, RerankConfig, SearchConfig, run_path
-from umarvel_ray.runtime.cluster import RuntimeSettings
+from umarvel_ray.runtime.cluster import RuntimeSettings, connected
 from umarvel_ray.train.settings import StageConfig
 
 Summary = dict[str, Any]
@@ -265,7 +267,12 @@ def perform(kind: str, config: Config, runtime: RuntimeSettings, view: View, *, 
         return False
     view.line(f"▸ {title}")
     started = time.perf_counter()
-    summary = JOBS[kind][1](config, runtime, view)
+    try:
+        with connected(runtime):
+            summary = JOBS[kind][1](config, runtime, view)
+    except UmarvelError:
+        release_folder(output)  # refused at the door: the mended settings may have the same folder
+        raise
     seconds = time.perf_counter() - started
     finish_folder(output, {**summary, "seconds": round(seconds, 2)})
     shown = [_figure(key, value) for key, value in summary.items() if isinstance(value, int | float)]

@@ -2,19 +2,21 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from umarvel_ray.artifacts import claim_folder, is_finished, read_json
 from umarvel_ray.config import load_config
+from umarvel_ray.pipeline.check import RUN_FILE, require_sound, run_claim
 from umarvel_ray.pipeline.jobs import JOBS, perform, seconds_of
 from umarvel_ray.pipeline.settings import ReportConfig, RunConfig
 from umarvel_ray.pipeline.stages import Job, recipe
 from umarvel_ray.pipeline.versions import library_versions
 from umarvel_ray.pipeline.view import View, short_time
-from umarvel_ray.runtime.cluster import RuntimeSettings
-
-RUN_FILE = "run.json"
+from umarvel_ray.runtime.cluster import RuntimeSettings, connected
 
 
 def load_run(config: Path, overrides: Sequence[str]) -> RunConfig:
@@ -37,28 +39,27 @@ def load_job(kind: str, config: Path, overrides: Sequence[str]) -> tuple[Any, Ru
 def run_recipe(run: RunConfig, view: View) -> None:
     """Do all jobs of a run; the finished ones are passed over.
 
+    Settings and data are looked at before the first job starts, and before Ray does; see `check.find_faults`.
+
     Raises:
         OutputError: The output folder belongs to a run with other settings.
+        UmarvelError: Settings or data are faulty, or a job fails.
     """
     output = Path(run.output)
-    claim_run(output, run)
     jobs = recipe(run)
     finished = sum(is_finished(job.config.output) for job in jobs)  # type: ignore[attr-defined]
-    view.line(f"[bold]{run.title}[/]: {len(jobs)} jobs, {finished} finished before, output {output}")
-    for job in jobs:
-        config = _with_facts(job.config, run, jobs) if isinstance(job.config, ReportConfig) else job.config
-        perform(job.kind, config, run.runtime, view, title=job.title)
+    place = escape(str(output))
+    view.line(f"[bold]{escape(run.title)}[/]: {len(jobs)} jobs, {finished} finished before, output {place}")
+    if not finished:
+        require_sound(run, view)
+    claim_folder(output, run_claim(run), claim=RUN_FILE)
+    with connected(run.runtime) if finished < len(jobs) else nullcontext():
+        for job in jobs:
+            config = (
+                _with_facts(job.config, run, jobs) if isinstance(job.config, ReportConfig) else job.config
+            )
+            perform(job.kind, config, run.runtime, view, title=job.title)
     _print_end(jobs, view)
-
-
-def claim_run(output: Path, run: RunConfig) -> None:
-    """A run owns its folder as a job owns its own; who does the work, and what it is called, may change.
-
-    Raises:
-        OutputError: It was made with other settings, or holds files of something else.
-    """
-    settings = run.model_dump(mode="json", exclude={"output", "runtime", "title"})
-    claim_folder(output, settings, claim=RUN_FILE)
 
 
 def _with_facts(config: ReportConfig, run: RunConfig, jobs: Sequence[Job]) -> ReportConfig:
@@ -87,6 +88,6 @@ def _print_end(jobs: Sequence[Job], view: View) -> None:
         print_results(results, view)
     for job in jobs:
         if job.kind == "report":
-            view.line(f"report: {job.config.output}/report.html")  # type: ignore[attr-defined]
+            view.line(f"report: {escape(job.config.output)}/report.html")  # type: ignore[attr-defined]
     seconds = [seconds_of(job.config.output) or 0 for job in jobs]  # type: ignore[attr-defined]
     view.line(f"all jobs together: {short_time(sum(seconds))}")

@@ -13,7 +13,6 @@ from umarvel_ray.retrieve.settings import Scope, Split
 from umarvel_ray.runtime.cluster import RuntimeSettings
 from umarvel_ray.train.settings import ContrastiveSettings, RerankerTrainSettings, TrainSettings
 
-
 _DEEPEST_METRIC = 10
 """hit@10 and ndcg@10 are reported of every task."""
 

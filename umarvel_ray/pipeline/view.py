@@ -39,7 +39,7 @@ class View:
 
     def line(self, text: str) -> None:
         """One line."""
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)  # a path or a long line stays whole in a log
 
     @contextmanager
     def bar(self, title: str, total: float) -> Iterator[Bar]:

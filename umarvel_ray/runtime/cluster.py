@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -68,8 +69,15 @@ def connect(settings: RuntimeSettings) -> None:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nothing outside this machine can reach it
             logical_cpus = max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1)
             where = {"address": "local", "num_cpus": logical_cpus, "include_dashboard": False}
-        with _native_messages_hidden():
-            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            with _native_messages_hidden():
+                ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ResourceError(
+                f"RAY_ADDRESS is {os.environ.get('RAY_ADDRESS')!r}, but no cluster answers there "
+                f"({' '.join(str(error).split())[:200]}). "
+                "Start one by `ray start --head`, or unset RAY_ADDRESS."
+            ) from None
     _require_room(settings, ray.cluster_resources())
 
 
@@ -102,10 +110,24 @@ def _require_room(settings: RuntimeSettings, resources: Mapping[str, float]) -> 
 
 def disconnect() -> None:
     """Leave Ray; a cluster that this process started ends."""
-    import sys
-
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+    if _is_connected():
         sys.modules["ray"].shutdown()
+
+
+@contextmanager
+def connected(settings: RuntimeSettings) -> Iterator[None]:
+    """Ray for the length of a block, see `connect`; nothing more inside another such block and on `local`."""
+    found = _is_connected()
+    try:
+        connect(settings)
+        yield
+    finally:
+        if not found:
+            disconnect()
+
+
+def _is_connected() -> bool:
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 def prepare_worker(settings: RuntimeSettings) -> None:
