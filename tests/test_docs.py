@@ -13,7 +13,8 @@ from pydantic import BaseModel
 
 from umarvel_ray.cli import app
 from umarvel_ray.config import build_config
-from umarvel_ray.data.mbeir import TASK_BY_NAME, TASKS, check_mbeir
+from umarvel_ray.data.check import check_mbeir
+from umarvel_ray.data.mbeir import TASK_BY_NAME, TASKS
 from umarvel_ray.pipeline.settings import RunConfig
 
 ROOT = Path(__file__).parents[1]

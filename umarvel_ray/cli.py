@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from umarvel_ray.data.mbeir import ImageCheck
+from umarvel_ray.data.check import ImageCheck
 from umarvel_ray.errors import UmarvelError
 from umarvel_ray.runtime.cluster import prepare_environment
 

@@ -6,6 +6,7 @@ import pickle
 import pytest
 from PIL import Image
 
+from umarvel_ray.data.check import check_mbeir
 from umarvel_ray.data.mbeir import (
     TASK_BY_NAME,
     TASKS,
@@ -14,7 +15,6 @@ from umarvel_ray.data.mbeir import (
     Pool,
     QueryRecord,
     QuerySet,
-    check_mbeir,
     content_key,
     local_pool_name,
     write_instructions,
@@ -343,9 +343,9 @@ def test_faults_of_pictures_are_counted(root):
 
 
 def test_large_pictures_are_not_decoded(root, monkeypatch):
-    monkeypatch.setattr("umarvel_ray.data.mbeir.MAX_IMAGE_PIXELS", 47)
+    monkeypatch.setattr("umarvel_ray.data.check.MAX_IMAGE_PIXELS", 47)
     assert "tower.jpg has 8 x 6 pixels of 47 in all" in fault_of(root, tasks=(OVEN,))[-1]
-    monkeypatch.setattr("umarvel_ray.data.mbeir.MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr("umarvel_ray.data.check.MAX_IMAGE_BYTES", 10)
     assert "bytes of 10. Scale it down." in fault_of(root, tasks=(OVEN,))[-1]
 
 

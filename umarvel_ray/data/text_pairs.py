@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from umarvel_ray.artifacts import file_fingerprint
+from umarvel_ray.data.check import ImageCheck, image_fault
 from umarvel_ray.data.lines import Faults, JsonLines, RecordFault
-from umarvel_ray.data.mbeir import ImageCheck, image_fault
 from umarvel_ray.data.records import Candidate, Query, TrainingPair
 from umarvel_ray.errors import DataError
 

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from umarvel_ray.artifacts import is_claimed, is_finished
 from umarvel_ray.config import Config
-from umarvel_ray.data.mbeir import ImageCheck, Mbeir, check_mbeir
+from umarvel_ray.data.check import ImageCheck, check_mbeir
+from umarvel_ray.data.mbeir import Mbeir
 from umarvel_ray.data.sources import (
     chosen_tasks,
     pool_sources,
