@@ -306,7 +306,7 @@ class _Plan:
             return
         config = ReportConfig(
             title=self._run.title,
-            output=self._folder("report", "report"),
+            output=str(Path(self._run.output) / "report"),
             data=self._run.data.root,
             stages=tuple(self._columns),
             training=tuple(self._curves),

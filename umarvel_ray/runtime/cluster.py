@@ -67,6 +67,8 @@ def connect(settings: RuntimeSettings) -> None:
         where: dict[str, Any] = {}
         if not os.environ.get("RAY_ADDRESS"):
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nothing outside this machine can reach it
+            # A cluster of this process alone is not preempted, and each training would start a watcher.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             logical_cpus = max(_MIN_LOGICAL_CPUS, os.cpu_count() or 1)
             where = {"address": "local", "num_cpus": logical_cpus, "include_dashboard": False}
         try:
