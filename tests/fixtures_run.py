@@ -1,6 +1,7 @@
 """A run so small that the whole recipe takes seconds: world, backbone and settings, made once a session."""
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ WORLD = WorldConfig(
     sentence_pairs=40,
     captioned_scenes=20,
 )
+TASKS = ("mscoco_task0", "webqa_task1", "nights_task4", "oven_task6", "cirr_task7", "infoseek_task8")
+"""Evaluated and mined; training reads all that the world has."""
 CONTROLS = ("in_batch", "unfiltered", "own_negatives", "continue_hard")
 
 _FULL = {
@@ -49,14 +52,15 @@ _LORA = _FULL | {
 SETTINGS: dict[str, Any] = {
     "title": "tiny run",
     "seed": 0,
+    "data": {"tasks": list(TASKS)},
     "stages": {
         "text": {"train": _FULL},
         "align": {"train": _FULL, "loss": {"candidate_to_query": 1.0}},
-        "instruct": {"train": _FULL | {"learn_temperature": True}},
+        "instruct": {"train": _FULL | {"learn_temperature": True, "num_steps": 8}},
         "hard": {
             "train": _LORA,
             "num_negatives": 2,
-            "mining": {"rule": "margin", "value": 0.0, "num_negatives": 3, "depth": 10},
+            "mining": {"rule": "skip_top", "value": 2, "num_negatives": 3, "depth": 10},
         },
         "reranker": {
             "start": "instruct",
@@ -101,9 +105,16 @@ class TinyRun:
     def copy(self, folder: Path) -> "TinyRun":
         """World and settings anew, to be spoiled; the backbone is shared."""
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(self.home / "world", folder / "world")
+        # Pictures and files are shared until `rewrite` replaces one.
+        shutil.copytree(self.home / "world", folder / "world", copy_function=os.link)
         (folder / "backbone").symlink_to(self.home / "backbone")
         return TinyRun(folder, _write_settings(folder))
+
+
+def rewrite(path: Path, content: str | bytes) -> None:
+    """Put another file in the place of one that a copy of the world shares with the original."""
+    path.unlink()
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _write_settings(home: Path) -> Path:

@@ -125,7 +125,11 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     _quiet_libraries()
     try:
-        app(arguments if arguments is not None else sys.argv[1:], standalone_mode=False)
+        ended = app(
+            arguments if arguments is not None else sys.argv[1:], prog_name="umarvel", standalone_mode=False
+        )
+        if ended == 130:  # how Typer answers Ctrl-C
+            raise KeyboardInterrupt
     except UmarvelError as error:
         print(f"umarvel: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

@@ -13,6 +13,7 @@ import numpy as np
 
 from umarvel_ray.artifacts import fingerprint
 from umarvel_ray.data.trec import Run
+from umarvel_ray.errors import DataError
 from umarvel_ray.retrieve.store import EmbeddingPool, EmbeddingStore
 from umarvel_ray.runtime.cluster import RuntimeSettings
 from umarvel_ray.runtime.pool import run_actors
@@ -109,12 +110,17 @@ class SearchWorker:
 
         queries = EmbeddingStore.open(block.task.queries)
         pool = self._pool(block.task.pools)
-        best = top_k(
-            queries.vectors(block.start, block.stop),
-            pool.blocks(_CANDIDATE_ROWS),
-            block.task.k,
-            device=self._device,
-        )
+        try:
+            best = top_k(
+                queries.vectors(block.start, block.stop),
+                pool.blocks(_CANDIDATE_ROWS),
+                block.task.k,
+                device=self._device,
+            )
+        except DataError:
+            for store in (queries, *pool.stores):
+                store.verify()  # names the file, where the fault is in one
+            raise
         num_queries, num_hits = best.rows_QK.shape
         dids = pool.ids.take(pa.array(best.rows_QK.reshape(-1))).cast(pa.string())
         offsets = np.arange(num_queries + 1, dtype=np.int32) * num_hits

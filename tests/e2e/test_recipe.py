@@ -1,0 +1,248 @@
+"""The whole recipe on a world of a few dozen queries: from start to report, again, on Ray, and killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from fixtures_run import CONTROLS, TASKS, Lines, TinyRun
+
+from umarvel_ray.artifacts import is_finished, read_json
+from umarvel_ray.data.trec import Run
+from umarvel_ray.pipeline.run import run_recipe
+from umarvel_ray.pipeline.settings import RunConfig
+from umarvel_ray.pipeline.stages import recipe
+
+COLUMNS = ("instruct", "hard", "reranked", "distil", "distil_reranked")
+ALL_CONTROLS = f"controls=[{', '.join(CONTROLS)}]"
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: TinyRun) -> tuple[RunConfig, Lines]:
+    """The recipe with all controls, in this process, and what it said."""
+    view = Lines()
+    settings = tiny.settings(tiny.home / "local", ALL_CONTROLS)
+    run_recipe(settings, view)
+    return settings, view
+
+
+def files_of(output: Path) -> dict[str, int]:
+    """When each file was last written, in nanoseconds."""
+    return {str(path): path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+
+
+def figures(output: Path, column: str) -> dict[str, Any]:
+    """What a person reads of a column: the measured tasks and their means."""
+    results = read_json(output / "evaluate" / column / "results.json")
+    return {key: results[key] for key in ("tasks", "mean")}
+
+
+def weights(output: Path) -> dict[str, bytes]:
+    """Every finished checkpoint's weights, by the stage's name."""
+    return {path.parts[-3]: path.read_bytes() for path in output.glob("train/*/checkpoint/model.safetensors")}
+
+
+def losses(output: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every line of every stage's metrics but how fast it went."""
+    found = {}
+    for path in output.glob("train/*/metrics.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        found[path.parent.name] = [{k: v for k, v in line.items() if k != "queries_per_s"} for line in lines]
+    return found
+
+
+def test_from_start_to_report(finished):
+    settings, view = finished
+    output = Path(settings.output)
+    jobs = recipe(settings)
+    assert all(is_finished(job.config.output) for job in jobs)
+    for column in (*COLUMNS, *CONTROLS):
+        measured = figures(output, column)["tasks"]
+        assert set(measured) == set(TASKS)
+        assert all({"local", "global"} <= set(measured[task]) for task in TASKS)
+    page = (Path(jobs[-1].config.output) / "report.html").read_text()  # type: ignore[attr-defined]
+    assert all(task in page for task in TASKS)
+    for name, count in {"text": 4, "instruct": 8, "hard": 3, "continue_hard": 3}.items():
+        assert [line["step"] for line in losses(output)[name]] == list(range(1, count + 1))
+    assert view.lines[0] == f"tiny run: {len(jobs)} jobs, 0 finished before, output {output}"
+    assert view.lines[1].startswith("checked 6 tasks, 40 sentence pairs, 40 captions in ")
+    for task in TASKS:
+        assert sum(line.split()[:1] == [task] for line in view.lines) == 2  # local and global
+
+
+def test_the_controls_start_and_are_fed_as_they_should(finished):
+    """Nothing but the part under test differs from the stage that a control stands beside."""
+    settings, _ = finished
+    jobs = {job.name: job.config.model_dump(mode="json", exclude={"output"}) for job in recipe(settings)}
+
+    def differences(control: str, stage: str) -> set[str]:
+        a, b = jobs[f"train/{control}"], jobs[f"train/{stage}"]
+        keys = {f"{group}.{key}" for group in ("data", "loss") for key in a[group]}
+        differing = {
+            key
+            for key in keys
+            if a[key.split(".")[0]][key.split(".")[1]] != b[key.split(".")[0]][key.split(".")[1]]
+        }
+        return differing | {key for key in a if key not in ("data", "loss") and a[key] != b[key]}
+
+    assert differences("in_batch", "hard") == {"data.lists", "data.num_negatives"}
+    assert differences("unfiltered", "hard") == {"data.lists"}
+    assert differences("own_negatives", "hard") == {"data.only_listed", "loss.negatives"}
+    assert differences("continue_hard", "distil") == {
+        "data.list_role", "data.only_listed", "loss.kind", "loss.negatives",
+    }  # fmt: skip
+    losses_of = losses(Path(settings.output))
+    first = {name: losses_of[name][0]["loss"] for name in ("hard", "in_batch", "unfiltered", "own_negatives")}
+    assert len(set(first.values())) == 4
+
+
+def test_a_second_run_redoes_nothing(finished):
+    settings, _ = finished
+    before = files_of(Path(settings.output))
+    view = Lines()
+    run_recipe(settings, view)
+    assert files_of(Path(settings.output)) == before
+    jobs = recipe(settings)
+    assert view.lines[0].startswith(f"tiny run: {len(jobs)} jobs, {len(jobs)} finished before")
+    assert sum(line.endswith("finished before") for line in view.lines) == len(jobs)
+
+
+def test_one_job_that_is_lost_is_made_again_as_it_was(finished):
+    """The others stay; what it writes again is the same to the byte."""
+    settings, _ = finished
+    output = Path(settings.output)
+    before = files_of(output)
+    lost = output / "mine" / "negatives"
+    content = (lost / "negatives.arrow").read_bytes()
+    for path in lost.iterdir():
+        path.unlink()
+    run_recipe(settings, Lines())
+    assert (lost / "negatives.arrow").read_bytes() == content
+    after = files_of(output)
+    assert {path for path in before if before[path] != after[path]} == {
+        str(lost / name) for name in ("job.json", "done.json", "negatives.arrow", "mining_report.json")
+    }
+
+
+@pytest.mark.slow
+def test_ray_gives_what_one_process_gives(finished, tiny, ray_session):
+    """Two workers and two actors: losses, weights, vectors, negatives, scores and figures to the last bit."""
+    output = tiny.home / "ray"
+    settings = tiny.settings(output, ALL_CONTROLS, "runtime.kind=ray")
+    run_recipe(settings, Lines())
+    local = Path(finished[0].output)
+    assert losses(output) == losses(local)
+    assert weights(output) == weights(local)
+    shards = [path.relative_to(local) for path in local.glob("embed/**/shard-*.arrow")]
+    assert len(shards) > 50
+    for shard in shards:
+        assert (output / shard).read_bytes() == (local / shard).read_bytes(), shard
+    for pattern in ("search/**/*.arrow", "mine/**/negatives.arrow", "rerank/**/*.arrow"):
+        runs = [path.relative_to(local) for path in local.glob(pattern)]
+        assert runs
+        for run in runs:
+            assert Run.read(output / run).table().equals(Run.read(local / run).table()), run
+    for column in (*COLUMNS, *CONTROLS):
+        assert figures(output, column) == figures(local, column)
+
+
+class Process:
+    """`umarvel run` in a process group of its own."""
+
+    def __init__(self, tiny: TinyRun, output: Path, kind: str) -> None:
+        command = [sys.executable, "-m", "umarvel_ray.cli", "run", str(tiny.config)]
+        self._log = output.with_suffix(".log")
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(
+                [*command, f"output={output}", f"runtime.kind={kind}"],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                cwd=Path(__file__).parents[2],
+            )
+
+    def kill_when(self, is_time: Callable[[], bool]) -> None:
+        """SIGKILL to the group and to all that it started, as soon as it is time."""
+        deadline = time.monotonic() + 120
+        while not is_time():
+            assert self._process.poll() is None, f"ended before it was time:\n{self._log.read_text()}"
+            assert time.monotonic() < deadline, self._log.read_text()
+            time.sleep(0.003)
+        started = psutil.Process(self._process.pid).children(recursive=True)
+        os.killpg(self._process.pid, signal.SIGKILL)
+        for process in started:  # Ray's own processes have groups of their own
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self._process.wait()
+        psutil.wait_procs(started, timeout=20)
+
+    def end(self) -> str:
+        """Wait for a good end; everything it and its forerunners said."""
+        code = self._process.wait(timeout=180)
+        assert code == 0, self._log.read_text()
+        return self._log.read_text()
+
+
+def killed_run(tiny: TinyRun, output: Path, kind: str, moments: list[tuple[str, str]]) -> str:
+    """Run, killed once at each moment: a file (a pattern) is there and a job is not finished."""
+    for pattern, unfinished in moments:
+        process = Process(tiny, output, kind)
+        process.kill_when(lambda pattern=pattern: any(output.glob(pattern)))
+        assert not is_finished(output / unfinished), f"killed too late for {unfinished}"
+        done = {path: path.stat().st_mtime_ns for path in output.glob("*/*/done.json")}
+        KEPT.update(done)
+    return Process(tiny, output, kind).end()
+
+
+KEPT: dict[Path, int] = {}
+"""When each job that a kill found finished wrote its last file."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "moments"),
+    [
+        (
+            "local",
+            [
+                ("train/instruct/states/step-000002/state.json", "train/instruct"),
+                ("embed/instruct/*/*/*/shard-00000.arrow", "embed/instruct"),
+                ("evaluate/instruct/done.json", "train/hard"),
+                ("train/reranker/states/step-000002/state.json", "train/reranker"),
+                ("rerank/reranked/parts/*/*/00000.arrow", "rerank/reranked"),
+            ],
+        ),
+        (
+            "ray",
+            [
+                ("train/instruct/states/step-000002/state.json", "train/instruct"),
+                ("embed/instruct/*/*/*/shard-00000.arrow", "embed/instruct"),
+            ],
+        ),
+    ],
+)
+def test_killed_and_started_again_ends_as_if_undisturbed(finished, tiny, kind, moments):
+    KEPT.clear()
+    output = tiny.home / f"killed_{kind}"
+    log = killed_run(tiny, output, kind, moments)
+    local = Path(finished[0].output)
+    for column in COLUMNS:
+        assert figures(output, column) == figures(local, column)
+    found, wanted = weights(output), weights(local)
+    assert found == {name: wanted[name] for name in found}
+    assert {"text", "align", "instruct", "hard", "reranker", "distil"} == set(found)
+    wanted_losses = losses(local)
+    assert losses(output) == {name: wanted_losses[name] for name in found}
+    assert len(KEPT) >= 2
+    for path, written in KEPT.items():
+        assert path.stat().st_mtime_ns == written, f"{path} was written again"
+    assert log.count("✓ train 1a text retrieval: finished before") == len(moments)
