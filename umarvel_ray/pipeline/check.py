@@ -16,14 +16,13 @@ from umarvel_ray.data.sources import (
     chosen_tasks,
     pool_sources,
     query_source,
-    tasks_of_split,
-    training_tasks,
 )
 from umarvel_ray.data.text_pairs import CaptionPairs, NliPairs, check_captions
 from umarvel_ray.errors import CheckpointError, DataError, UmarvelError
-from umarvel_ray.pipeline.settings import RunConfig
+from umarvel_ray.pipeline.settings import MineConfig, RunConfig
 from umarvel_ray.pipeline.stages import recipe
 from umarvel_ray.pipeline.view import View, short_time
+from umarvel_ray.retrieve.settings import EmbedConfig, RerankConfig, RerankRequest, SearchConfig
 from umarvel_ray.train.settings import StageConfig
 
 RUN_FILE = "run.json"
@@ -135,7 +134,7 @@ def print_plan(run: RunConfig, view: View) -> None:
     mbeir = Mbeir(run.data.root)
     for job in recipe(run):
         state = "finished" if is_finished(job.config.output) else "to do"  # type: ignore[attr-defined]
-        table.add_row(job.name, _work(job.config, mbeir, run), state)
+        table.add_row(job.name, _work(job.config, mbeir), state)
     view.console.print(table)
     runtime = run.runtime
     workers = max(runtime.num_workers, runtime.num_actors)
@@ -145,7 +144,7 @@ def print_plan(run: RunConfig, view: View) -> None:
     )
 
 
-def _work(config: Any, mbeir: Mbeir, run: RunConfig) -> str:
+def _work(config: Config, mbeir: Mbeir) -> str:
     if isinstance(config, StageConfig):
         length = (
             f"{config.train.num_steps} steps"
@@ -153,11 +152,11 @@ def _work(config: Any, mbeir: Mbeir, run: RunConfig) -> str:
             else f"{config.train.num_epochs} epochs"
         )
         return f"{length} of {config.train.batch_size} queries, {config.train.trainable}, seed {config.seed}"
-    if hasattr(config, "splits"):
+    if isinstance(config, EmbedConfig):
         rows = 0
         shards = 0
         for split in config.splits:
-            tasks = tasks_of_split(mbeir, split)
+            tasks = chosen_tasks(mbeir, split, config.tasks)
             for source in (
                 *(query_source(mbeir, task, split) for task in tasks),
                 *pool_sources(mbeir, split, tasks),
@@ -165,13 +164,15 @@ def _work(config: Any, mbeir: Mbeir, run: RunConfig) -> str:
                 rows += len(source)
                 shards += -(-len(source) // config.rows_per_shard)
         return f"{rows:,} records in {shards:,} shards, {config.dtype}"
-    if hasattr(config, "requests"):
+    if isinstance(config, SearchConfig | RerankConfig):
         parts = []
         for request in config.requests:
             depth = f"top {request.depth}"
-            share = f", {request.share:.0%} of the queries" if getattr(request, "share", 1) < 1 else ""
+            part = request.share if isinstance(request, RerankRequest) else 1
+            share = f", {part:.0%} of the queries" if part < 1 else ""
             parts.append(f"{request.split} {'+'.join(request.scopes)} {depth}{share}")
         return "; ".join(parts)
-    if hasattr(config, "mining"):
-        return f"{len(training_tasks(mbeir))} tasks, {config.scope} pool, rule {config.mining.rule}"
+    if isinstance(config, MineConfig):
+        num_tasks = len(chosen_tasks(mbeir, "train", config.tasks))
+        return f"{num_tasks} tasks, {config.scope} pool, rule {config.mining.rule}"
     return ""

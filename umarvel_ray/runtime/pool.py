@@ -15,21 +15,34 @@ from umarvel_ray.runtime.cluster import RuntimeSettings, prepare_worker
 MakeWorker = Callable[[], Callable[[Any], dict[str, Any]]]
 
 
-class _Shell:
-    """The actor: makes its worker once, hands it one task a call."""
+class _Actor:
+    """The actor: makes its worker once, hands it one task a call.
+
+    Our own errors, that of a worker which cannot be made included, are answers, so that the user reads them
+    without Ray's wrapping.
+    """
 
     def __init__(self, make_worker: MakeWorker, runtime: RuntimeSettings) -> None:
         prepare_worker(runtime)
-        self._work = make_worker()
+        try:
+            self._worker = make_worker()
+        except UmarvelError as error:
+            refusal = error
+            self._worker = lambda task: refusal
+
+    def work(self, task: Any) -> dict[str, Any] | UmarvelError:
+        """One task."""
+        try:
+            return self._worker(task)
+        except UmarvelError as error:
+            return error
+
+
+class _Shell(_Actor):
+    """The actor as Ray Data calls it: tasks and answers travel as bytes in a column."""
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
-        answers = []
-        for task in batch["task"]:
-            try:
-                answers.append(pickle.dumps(self._work(pickle.loads(task))))
-            except UmarvelError as error:  # an answer, so that the user reads it without Ray's wrapping
-                answers.append(pickle.dumps(error))
-        return {"answer": answers}
+        return {"answer": [pickle.dumps(self.work(pickle.loads(task))) for task in batch["task"]]}
 
 
 def run_pool(
@@ -111,18 +124,3 @@ def run_actors(
     finally:
         for actor in actors:
             ray.kill(actor)  # pyright: ignore[reportArgumentType]
-
-
-class _Actor:
-    """The actor of `run_actors`: makes its worker once, hands it one task a call."""
-
-    def __init__(self, make_worker: MakeWorker, runtime: RuntimeSettings) -> None:
-        prepare_worker(runtime)
-        self._worker = make_worker()
-
-    def work(self, task: Any) -> dict[str, Any] | UmarvelError:
-        """One task; our own error is an answer, so that the user reads it without Ray's wrapping."""
-        try:
-            return self._worker(task)
-        except UmarvelError as error:
-            return error

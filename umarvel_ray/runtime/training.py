@@ -1,6 +1,7 @@
 """One training stage under Ray Train, a lane a worker; or all lanes in this process."""
 
 import json
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,12 @@ from typing import Any
 from umarvel_ray.errors import TrainingError, UmarvelError
 from umarvel_ray.runtime.cluster import RuntimeSettings, prepare_worker
 from umarvel_ray.train.settings import StageConfig
+
+logger = logging.getLogger(__name__)
+
+_RETRIES = 2
+"""Workers that die start again from the newest state in the output folder. Ray Train would try again whatever
+went wrong; our own errors would only come again."""
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -22,7 +29,7 @@ def run_stage(config: StageConfig, runtime: RuntimeSettings, on_step: OnStep = l
         prepare_worker(runtime)
         train_stage(config, Lanes(runtime.num_workers), on_step)
         return
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     workers = ScalingConfig(
@@ -35,18 +42,20 @@ def run_stage(config: StageConfig, runtime: RuntimeSettings, on_step: OnStep = l
         train_loop_config={"config": config.model_dump(), "runtime": runtime.model_dump()},
         scaling_config=workers,
         torch_config=TorchConfig(backend="nccl" if runtime.gpus else "gloo"),
-        run_config=RunConfig(
-            name="ray",
-            storage_path=str(Path(config.output).resolve() / "ray"),
-            # A worker that dies starts again from the newest state in the output folder.
-            failure_config=FailureConfig(max_failures=2),
-        ),
+        run_config=RunConfig(name="ray", storage_path=str(Path(config.output).resolve() / "ray")),
     )
     with _Tail(Path(config.output) / "metrics.jsonl", on_step):
-        try:
-            trainer.fit()
-        except Exception as error:
-            raise _own_error(error) from error
+        for attempt in range(1 + _RETRIES):
+            try:
+                trainer.fit()
+                return
+            except Exception as error:
+                if own := _own_error(error):
+                    raise own from error
+                logger.warning("a training worker failed (%d of %d times at most)", attempt + 1, 1 + _RETRIES)
+                if attempt == _RETRIES:
+                    logger.error("%s", error)
+                    raise _last_line(error) from error
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -63,8 +72,8 @@ def _worker(settings: dict[str, Any]) -> None:
     torch.distributed.barrier()
 
 
-def _own_error(error: BaseException) -> UmarvelError:
-    """The worker's own error out of Ray's wrapping, so that the user reads one line."""
+def _own_error(error: BaseException) -> UmarvelError | None:
+    """What of ours a worker raised, out of Ray's wrapping, so that the user reads one line; else None."""
     seen: BaseException | None = error
     while seen is not None:
         failures = getattr(seen, "worker_failures", None) or {}
@@ -75,10 +84,15 @@ def _own_error(error: BaseException) -> UmarvelError:
         if isinstance(seen, UmarvelError):
             return seen
         seen = seen.__cause__
+    return None
+
+
+def _last_line(error: BaseException) -> TrainingError:
     lines = [line for line in str(error).splitlines() if line.strip()]
     last = lines[-1] if lines else type(error).__name__
     return TrainingError(
-        f"a training worker failed: {last.strip()}. The whole trace stands in the log above."
+        f"a training worker failed: {last.strip()}. Its trace stands above; the same command goes on from "
+        "the newest state."
     )
 
 

@@ -1,0 +1,78 @@
+"""The recipe's arrows, against the paper's: who starts from whom, who is searched where, what is compared."""
+
+from fixtures_run import CONTROLS, TinyRun
+
+from umarvel_ray.evaluate.report import StageInput
+from umarvel_ray.pipeline.stages import Job, recipe
+
+
+def jobs_of(tiny: TinyRun, *overrides: str) -> dict[str, Job]:
+    return {job.name: job for job in recipe(tiny.settings(tiny.home / "plan", *overrides))}
+
+
+def of(job: Job, key: str) -> object:
+    return job.config.model_dump(mode="json")[key]
+
+
+def test_each_stage_starts_from_the_one_before(tiny: TinyRun):
+    jobs, run = jobs_of(tiny), tiny.home / "plan"
+    starts = {name: of(job, "start") for name, job in jobs.items() if job.kind == "train"}
+
+    def checkpoint(stage: str) -> str:
+        return str(run / "train" / stage / "checkpoint")
+
+    assert starts == {
+        "train/text": str(tiny.home / "backbone"),
+        "train/align": checkpoint("text"),
+        "train/instruct": checkpoint("align"),
+        "train/hard": checkpoint("instruct"),
+        "train/reranker": checkpoint("instruct"),
+        "train/distil": checkpoint("hard"),
+    }
+    stock = jobs_of(tiny, "stages.reranker.start=backbone")["train/reranker"]
+    assert of(stock, "start") == str(tiny.home / "backbone")
+
+
+def test_encoder_settings_go_to_the_stock_backbone_alone(tiny: TinyRun):
+    """A checkpoint brings its own and refuses others."""
+    jobs = jobs_of(tiny, "encoder.attention=causal")
+    given = {name: of(job, "encoder") is not None for name, job in jobs.items() if job.kind == "train"}
+    assert {name for name, there in given.items() if there} == {"train/text"}
+
+
+def test_negatives_are_mined_globally_and_the_rerankers_lists_locally(tiny: TinyRun):
+    jobs = jobs_of(tiny)
+    assert of(jobs["mine/negatives"], "scope") == "global"
+    assert of(jobs["mine/reranker_lists"], "scope") == "local"
+    requests = {
+        (request["split"], tuple(request["scopes"]))
+        for name in ("search/instruct", "search/hard")
+        for request in of(jobs[name], "requests")  # type: ignore[attr-defined]
+    }
+    assert {("train", ("global",)), ("train", ("local",)), ("test", ("local", "global"))} <= requests
+
+
+def test_columns_and_controls_are_what_was_asked_for(tiny: TinyRun):
+    everything = jobs_of(tiny, f"controls=[{', '.join(CONTROLS)}]")
+    for control in CONTROLS:
+        for kind in ("train", "embed", "search", "evaluate"):
+            assert f"{kind}/{control}" in everything
+    assert "mine/negatives_unfiltered" in everything
+    rule = everything["mine/negatives_unfiltered"].config.mining  # type: ignore[attr-defined]
+    assert (rule.rule, rule.value) == ("none", None)
+    few = jobs_of(tiny, "columns=[hard, distil]")
+    assert {name for name in few if name.startswith("evaluate/")} == {"evaluate/hard", "evaluate/distil"}
+    assert "rerank/reranked" in few and "rerank/distil_reranked" not in few  # the first is the teacher
+
+
+def test_gains_are_counted_from_where_a_stage_starts(tiny: TinyRun):
+    report = recipe(tiny.settings(tiny.home / "plan", f"controls=[{', '.join(CONTROLS)}]"))[-1]
+    stages: tuple[StageInput, ...] = report.config.stages  # type: ignore[attr-defined]
+    baseline = {stage.name: stage.baseline for stage in stages}
+    assert baseline["distil"] == baseline["continue_hard"] == baseline["reranked"] == "hard"
+    assert {baseline[name] for name in ("in_batch", "unfiltered", "own_negatives")} == {"instruct"}
+
+
+def test_seeds_of_stages_can_be_told_apart(tiny: TinyRun):
+    jobs = jobs_of(tiny, "seed=5", "stages.align.seed_offset=2")
+    assert (of(jobs["train/text"], "seed"), of(jobs["train/align"], "seed")) == (5, 7)
