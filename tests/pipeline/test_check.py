@@ -94,3 +94,16 @@ def test_the_plan_counts_what_the_jobs_will_embed(tiny: TinyRun, tmp_path):
     rows += sum(len(source) for source in pool_sources(mbeir, "test", tasks))
     [line] = [line for line in view.lines if "embed/distil" in line]
     assert f"{rows} records in" in line
+
+
+def test_the_plan_counts_a_pool_once_though_two_splits_search_it(tiny: TinyRun, tmp_path):
+    """As the embedding job does."""
+    from umarvel_ray.pipeline.stages import recipe
+    from umarvel_ray.retrieve.embed import embedding_sources
+
+    view, settings = Lines(), tiny.settings(tmp_path / "run")
+    print_plan(settings, view)
+    [job] = [job for job in recipe(settings) if job.name == "embed/hard"]
+    rows = sum(len(source) for source in embedding_sources(job.config))  # type: ignore[arg-type]
+    [line] = [line for line in view.lines if "embed/hard" in line]
+    assert f"{rows} records in" in line

@@ -153,16 +153,13 @@ def _work(config: Config, mbeir: Mbeir) -> str:
         )
         return f"{length} of {config.train.batch_size} queries, {config.train.trainable}, seed {config.seed}"
     if isinstance(config, EmbedConfig):
-        rows = 0
-        shards = 0
+        sources = {}  # by name: val and test share pools
         for split in config.splits:
             tasks = chosen_tasks(mbeir, split, config.tasks)
-            for source in (
-                *(query_source(mbeir, task, split) for task in tasks),
-                *pool_sources(mbeir, split, tasks),
-            ):
-                rows += len(source)
-                shards += -(-len(source) // config.rows_per_shard)
+            queries = [query_source(mbeir, task, split) for task in tasks]
+            sources |= {source.name: source for source in (*queries, *pool_sources(mbeir, split, tasks))}
+        lengths = [len(source) for source in sources.values()]
+        rows, shards = sum(lengths), sum(-(-length // config.rows_per_shard) for length in lengths)
         return f"{rows:,} records in {shards:,} shards, {config.dtype}"
     if isinstance(config, SearchConfig | RerankConfig):
         parts = []

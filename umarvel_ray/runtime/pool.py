@@ -122,5 +122,6 @@ def run_actors(
                 raise answer
             yield answer
     finally:
-        for actor in actors:
-            ray.kill(actor)  # pyright: ignore[reportArgumentType]
+        # An actor ends with its last handle, after the task it is at; Ray would tell a kill as a failure.
+        for task in home_of:
+            ray.cancel(task)
