@@ -333,9 +333,14 @@ def test_a_vector_that_is_not_finite_is_refused_by_search(capsys, tiny: TinyRun,
     )
 
 
-def test_ctrl_c_ends_with_one_line(tiny: TinyRun, tmp_path):
+@pytest.mark.parametrize("kind", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_ctrl_c_ends_with_one_line(tiny: TinyRun, tmp_path, kind):
+    output = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "umarvel_ray.cli", "run", str(tiny.config), f"output={tmp_path / 'run'}"],
+        [
+            *(sys.executable, "-m", "umarvel_ray.cli", "run", str(tiny.config)),
+            *(f"output={output}", f"runtime.kind={kind}", "stages.text.train.num_steps=2000"),
+        ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -345,6 +350,10 @@ def test_ctrl_c_ends_with_one_line(tiny: TinyRun, tmp_path):
     for line in process.stdout:
         if line.startswith("▸"):
             break
+    deadline = time.monotonic() + 60
+    while kind == "ray" and not (output / "train/text/metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def run_stage(config: StageConfig, runtime: RuntimeSettings, on_step: OnStep = l
     with _Tail(Path(config.output) / "metrics.jsonl", on_step):
         for attempt in range(1 + _RETRIES):
             try:
-                trainer.fit()
+                _fit(trainer)
                 return
             except Exception as error:
                 if own := _own_error(error):
@@ -56,6 +57,22 @@ def run_stage(config: StageConfig, runtime: RuntimeSettings, on_step: OnStep = l
                 if attempt == _RETRIES:
                     logger.error("%s", error)
                     raise _last_line(error) from error
+
+
+def _fit(trainer: Any) -> None:
+    """`trainer.fit()` in a thread: in the main one it takes Ctrl-C for itself, and never gives it back."""
+    ended: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
+
+    threading.Thread(target=work, daemon=True).start()
+    ended.result()
 
 
 def _worker(settings: dict[str, Any]) -> None:
