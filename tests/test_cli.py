@@ -101,6 +101,12 @@ def test_a_wrong_setting_is_named(capsys, tiny: TinyRun, command, overrides, sai
     assert re.search(said, line), line
 
 
+def test_the_demonstration_draws_nothing_for_a_wrong_setting(capsys, tmp_path):
+    line = refusal(capsys, "demo", "--output", tmp_path / "demo", "stages.hard.num_negative=3")
+    assert "unknown setting 'stages.hard.num_negative'" in line
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_config_that_is_no_config_is_named_by_its_line(capsys, tiny: TinyRun, tmp_path):
     assert "nowhere.yaml: the config cannot be read (No such file" in refusal(capsys, "run", "nowhere.yaml")
     broken = tmp_path / "broken.yaml"

@@ -89,10 +89,10 @@ def demo(
     from umarvel_ray.pipeline.run import load_run, run_recipe
 
     home, view = output.resolve(), _view()
+    settings = load_run(RUN_CONFIG, [*demo_places(home), *(overrides or [])])
     with view.bar("drawing the world", 1) as bar:
         if prepare_demo(load_demo_config(), home, prompts=[RERANKER_PROMPTS["plain"]], progress=bar.at):
             view.line(f"[green]✓[/] world and backbone made in {home}")
-    settings = load_run(RUN_CONFIG, [*demo_places(home), *(overrides or [])])
     run_recipe(settings, view)
 
 
