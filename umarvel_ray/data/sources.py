@@ -5,7 +5,7 @@ A source's name is that of its embedding store, so every job finds what another 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -167,13 +167,17 @@ Source = QuerySource | PoolSource
 
 def training_tasks(mbeir: Mbeir) -> tuple[Task, ...]:
     """Tasks that the training files hold, in the order of `TASKS`."""
-    datasets = set(mbeir.training_datasets())
-    present = {
-        (record.query.qid.partition(":")[0], record.task_id)
-        for dataset in datasets
-        for record in mbeir.training_queries(dataset)
-    }
+    present: set[tuple[str, int]] = set()
+    for dataset in mbeir.training_datasets():
+        queries = mbeir.training_queries(dataset)
+        present |= _kinds_in(str(queries.path), str(mbeir.root), queries.fingerprint)
     return tuple(task for task in TASKS if (str(task.dataset_id), task.task_id) in present)
+
+
+@lru_cache(maxsize=64)
+def _kinds_in(path: str, root: str, fingerprint: str) -> frozenset[tuple[str, int]]:
+    """(data set, task id) of a file's queries; every job asks, and a training file has a million lines."""
+    return frozenset((r.query.qid.partition(":")[0], r.task_id) for r in QuerySet(path, root))
 
 
 def tasks_of_split(mbeir: Mbeir, split: str) -> tuple[Task, ...]:

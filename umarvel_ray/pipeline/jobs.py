@@ -5,6 +5,7 @@ Each takes its settings, who does the work, and where to show progress, and retu
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def embed(config: EmbedConfig, runtime: RuntimeSettings, view: View) -> Summary:
     started, tokens = time.perf_counter(), 0
     with view.bar("embedding", rows) as bar:
         bar.at(rows_done)
-        for answer in run_pool(tasks, _Make(EmbeddingWorker, config), runtime):
+        for answer in run_pool(tasks, partial(EmbeddingWorker, config), runtime):
             tokens += answer["tokens"]
             bar.advance(answer["rows"], f"{tokens / (time.perf_counter() - started):,.0f} tokens/s")
     finish_stores(config)
@@ -155,7 +156,7 @@ def rerank(config: RerankConfig, runtime: RuntimeSettings, view: View) -> Summar
     pairs, started = 0, time.perf_counter()
     with view.bar("re-ranking", sum(len(task.rows) for task in plan)) as bar:
         bar.at(sum(len(task.rows) for task in plan) - sum(len(task.rows) for task in missing))
-        for answer in run_pool(missing, _Make(RerankingWorker, config), runtime):
+        for answer in run_pool(missing, partial(RerankingWorker, config), runtime):
             pairs += answer["pairs"]
             bar.advance(answer["queries"], f"{pairs / (time.perf_counter() - started):,.0f} pairs/s")
 
@@ -319,14 +320,3 @@ def seconds_of(output: str | Path) -> float | None:
 def _figure(key: str, value: float) -> str:
     text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
     return f"{key.replace('_', ' ')} {text}"
-
-
-class _Make:
-    """Makes a worker where it will live; travels as class and settings."""
-
-    def __init__(self, worker: type[Any], config: Config) -> None:
-        self._worker = worker
-        self._config = config
-
-    def __call__(self) -> Any:
-        return self._worker(self._config)
