@@ -27,7 +27,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": BASE | {"data", "model", "train", "retrieve"},
     "pipeline": BASE | {"data", "model", "train", "retrieve", "evaluate", "runtime"},
     "demo": BASE | {"data"},
-    "cli": BASE | {"data", "model", "train", "retrieve", "evaluate", "runtime", "pipeline", "demo", PACKAGE},
+    "bench": BASE | {"data", "model", "train", "retrieve", "evaluate", "runtime", "pipeline", "demo"},
+    "cli": BASE
+    | {"data", "model", "train", "retrieve", "evaluate", "runtime", "pipeline", "demo", "bench", PACKAGE},
     # The package's own __init__ names what users import.
     PACKAGE: {"data", "model"},
 }

@@ -96,6 +96,32 @@ def demo(
     run_recipe(settings, view)
 
 
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Which; `list` names them.", show_default=False)],
+    quick: Annotated[bool, typer.Option("--quick", help="Small cases, one round.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Each a fresh process per method.")] = 3,
+    case: Annotated[list[str] | None, typer.Option(help="These cases only.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option(help="Where all figures go, as JSON.")] = None,
+) -> None:
+    """Speed against named peers: equality first, then ratios with their spread."""
+    from umarvel_ray.bench import harness
+    from umarvel_ray.bench.view import print_comparisons
+
+    if name == "list":
+        for known in harness.names():
+            print(f"{known:<12} {harness.load(known).about}")
+        return
+    view = _view()
+    results = harness.run_benchmark(
+        name, quick=quick, rounds=rounds, cases=case or [], on_done=lambda line: view.line(f"[dim]{line}[/]")
+    )
+    print_comparisons(harness.load(name), results, view)
+    if output is not None:
+        harness.save(results, output, name=name, command=" ".join(["umarvel", *sys.argv[1:]]))
+        view.line(f"all figures: {output}")
+
+
 def run_job(kind: str, config: Path, overrides: list[str], *, dry_run: bool = False) -> None:
     """Run one job from its own settings file; see `umarvel JOB --help`."""
     from umarvel_ray.pipeline.jobs import perform

@@ -1,0 +1,1 @@
+"""Benchmarks against named peers: `umarvel bench NAME`. One module each; `harness.py` runs them all."""
