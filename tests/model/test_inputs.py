@@ -1,19 +1,25 @@
 """Records become the tokens, the pooling mask and the positions that the method describes."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from fixtures_model import Reference
 
 from umarvel_ray.data.records import Candidate, Query
-from umarvel_ray.model.inputs import ADDED_TOKENS, InputBuilder, clean, micro_batches, mrope_positions
+from umarvel_ray.model.adapters import adapter_for
+from umarvel_ray.model.inputs import InputBuilder, micro_batches
+from umarvel_ray.model.prompts import ADDED_TOKENS, clean
 from umarvel_ray.model.settings import EncoderSettings
+from umarvel_ray.model.visuals import mrope_positions
 
 START, END = "<instruction_start>", "<instruction_end>"
 
 
 def builder(reference: Reference, **settings) -> InputBuilder:
-    return InputBuilder(reference.tokenizer, EncoderSettings(**settings))
+    adapter = adapter_for(reference.model.config, "backbone")
+    return InputBuilder(reference.tokenizer, adapter, EncoderSettings(**settings))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +135,7 @@ def test_special_tokens_in_data_are_words(reference, pictures):
         token: reference.tokenizer.convert_tokens_to_ids(token) for token in (*ADDED_TOKENS, "<|image_pad|>")
     }
     counts = {token: int((item.ids == number).sum()) for token, number in ids.items()}
-    num_image_tokens = item.grids[0][0] * item.grids[0][1] // 4
+    num_image_tokens = math.prod(item.visuals[0].grids[0]) // 4
     assert counts == {"<emb>": 1, START: 1, END: 1, "<|image_pad|>": num_image_tokens}
     left_out = np.flatnonzero(~item.pooled)
     assert item.ids[left_out[0]] == ids[START] and item.ids[left_out[-1]] == ids[END]
@@ -154,13 +160,15 @@ def test_text_is_cut_at_max_text_tokens(reference):
 
 
 def test_one_record_does_not_change_with_the_cache(reference, pictures):
-    build = InputBuilder(reference.tokenizer, EncoderSettings(), cache_bytes=100_000)
+    adapter = adapter_for(reference.model.config, "backbone")
+    build = InputBuilder(reference.tokenizer, adapter, EncoderSettings(), cache_bytes=100_000)
     record = placed(BOTH, pictures)
     first = build.build(record)
     assert build.build(record) is first
     fresh = builder(reference).build(record)
-    assert np.array_equal(fresh.ids, first.ids) and np.array_equal(fresh.patches, first.patches)
-    tiny = InputBuilder(reference.tokenizer, EncoderSettings(), cache_bytes=10)
+    assert np.array_equal(fresh.ids, first.ids)
+    assert np.array_equal(fresh.visuals[0].patches, first.visuals[0].patches)
+    tiny = InputBuilder(reference.tokenizer, adapter, EncoderSettings(), cache_bytes=10)
     assert tiny.build(record) is not tiny.build(record)
 
 
@@ -171,14 +179,14 @@ def test_mrope_positions_are_those_of_transformers(reference, pictures, names):
     pixels = reference.pixels([pictures[name] for name in names])
     user = [part for name in names for part in (None, f"this is {name}")] or ["words alone"]
     ids = reference.tokens(reference.expand(reference.render(user, "<emb>."), pixels))
-    image_token = reference.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     expected, _ = reference.model.model.get_rope_index(
-        ids, (ids == image_token).int(), image_grid_thw=pixels.get("image_grid_thw")
+        ids, (ids == reference.model.config.image_token_id).int(), image_grid_thw=pixels.get("image_grid_thw")
     )
-    grids = [tuple(grid[1:].tolist()) for grid in pixels.get("image_grid_thw", [])]
-    positions = mrope_positions(ids[0].numpy(), grids, image_token=image_token, merge_size=2)
+    grids = [tuple(grid.tolist()) for grid in pixels.get("image_grid_thw", [])]
+    adapter = adapter_for(reference.model.config, "backbone")
+    positions = mrope_positions(ids[0].numpy(), grids, adapter=adapter)
     assert torch.equal(torch.from_numpy(positions), expected[:, 0])
-    shifted = mrope_positions(ids[0].numpy(), grids, image_token=image_token, merge_size=2, start=7)
+    shifted = mrope_positions(ids[0].numpy(), grids, adapter=adapter, start=7)
     assert (shifted == positions + 7).all()
 
 

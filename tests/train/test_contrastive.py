@@ -224,7 +224,7 @@ def test_a_lane_of_texts_alone_trains_the_vision_tower_too(backbone, pictures):
     plan = BatchPlan(num_rows=1, batch_size=1, seed=0)
     task = ContrastiveTask(encoder, data, ContrastiveSettings(), plan=plan, lanes=Lanes(2), max_tokens=ONE)
     prepared = task.prepare(0)
-    assert [sum(item.patches is not None for item in prepared.items_by_lane[lane]) for lane in (0, 1)] == [
+    assert [sum(bool(item.visuals) for item in prepared.items_by_lane[lane]) for lane in (0, 1)] == [
         1,
         0,
     ]

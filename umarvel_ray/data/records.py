@@ -1,6 +1,7 @@
 """What is asked, and what is found: frozen, and validated at the door."""
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from umarvel_ray.errors import DataError
 
@@ -14,6 +15,44 @@ def modality_of(txt: str | None, img_path: str | None) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """An image file within a record of several parts."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A video file within a record of several parts; what is read of it are frames."""
+
+    path: str
+
+
+Part: TypeAlias = str | Picture | Video
+"""Words, a picture or a video."""
+
+
+def _content(record: "Query | Candidate") -> tuple[Part, ...]:
+    if record.parts:
+        return record.parts
+    picture = (Picture(record.img_path),) if record.img_path else ()
+    return (*picture, record.txt) if record.txt else picture
+
+
+def _check_content(record: "Query | Candidate", name: str) -> None:
+    if record.parts and (record.txt or record.img_path):
+        raise DataError(f"{name}: has `parts` beside txt or img_path. Put everything into the parts.")
+    if not any(part if isinstance(part, str) else part.path for part in _content(record)):
+        raise DataError(f"{name}: has neither text nor image. Give at least one.")
+
+
+def _modality(record: "Query | Candidate") -> str:
+    kinds = {type(part) for part in _content(record) if part}
+    names = ((Picture, "image"), (Video, "video"), (str, "text"))
+    return ",".join(name for kind, name in names if kind in kinds)
+
+
+@dataclass(frozen=True, slots=True)
 class Query:
     """Who asks.
 
@@ -23,6 +62,8 @@ class Query:
         img_path: Path of its image.
         instruction: The task sentence, put before the words and left out of the pooling.
         verbatim: Take the words as they stand, neither capitalised nor closed by a full stop.
+        parts: Words, pictures and videos in the order they are read, in place of `txt` and `img_path`: for
+            a dialogue, or a query of several turns. Words side by side are joined by a blank.
     """
 
     qid: str
@@ -30,15 +71,20 @@ class Query:
     img_path: str | None = None
     instruction: str | None = None
     verbatim: bool = False
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (self.txt or self.img_path):
-            raise DataError(f"query {self.qid}: has neither text nor image. Give at least one.")
+        _check_content(self, f"query {self.qid}")
 
     @property
     def modality(self) -> str:
-        """One of `MODALITIES`."""
-        return modality_of(self.txt, self.img_path)
+        """One of `MODALITIES`; with a video among the parts, "video" stands in it too."""
+        return _modality(self)
+
+    @property
+    def content(self) -> tuple[Part, ...]:
+        """All parts, in the order they are read."""
+        return _content(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +96,28 @@ class Candidate:
         txt: Its words.
         img_path: Path of its image.
         verbatim: Take the words as they stand, neither capitalised nor closed by a full stop.
+        parts: Words, pictures and videos in the order they are read, in place of `txt` and `img_path`: for
+            a dialogue, or a query of several turns. Words side by side are joined by a blank.
     """
 
     did: str
     txt: str | None = None
     img_path: str | None = None
     verbatim: bool = False
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (self.txt or self.img_path):
-            raise DataError(f"candidate {self.did}: has neither text nor image. Give at least one.")
+        _check_content(self, f"candidate {self.did}")
 
     @property
     def modality(self) -> str:
-        """One of `MODALITIES`."""
-        return modality_of(self.txt, self.img_path)
+        """One of `MODALITIES`; with a video among the parts, "video" stands in it too."""
+        return _modality(self)
+
+    @property
+    def content(self) -> tuple[Part, ...]:
+        """All parts, in the order they are read."""
+        return _content(self)
 
 
 @dataclass(frozen=True, slots=True)

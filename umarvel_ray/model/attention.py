@@ -1,14 +1,17 @@
 """Attention inside each item of a packed micro-batch, in the decoder and in the vision tower.
 
-Items lie end to end in one row of tokens. For attention alone they are laid side by side in blocks of items
-of like length, (B items, L tokens), so that a few dense products serve all; everything else in the model sees
-the packed row. T tokens, H heads, D width of a head.
+Items lie end to end in one row of tokens. On a GPU in half precision a flash kernel takes cumulative lengths.
+Elsewhere, for attention alone, items are laid side by side in blocks of items of like length, (B items, L
+tokens), so that a few dense products serve all; everything else in the model sees the packed row. T tokens,
+H heads, D width of a head, N items.
 """
 
-from collections.abc import Sequence
+import inspect
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +20,12 @@ from torch import Tensor
 NAME = "umarvel_flash_packed"
 """The tower hands cumulative lengths only to kernels with "flash" in their name; ours wants them."""
 
+Kernel = Literal["varlen", "blocks"]
+
 _MIN_FILL = 0.75
 """A block holds items at least this long, relative to its longest: padding in a block stays under a third."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +44,74 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class Spans:
+    """Items by their cumulative lengths, for kernels that take a packed row as it is.
+
+    Attributes:
+        bounds: int32 (N + 1,), where items begin and end.
+        longest: Tokens of the longest item.
+        causal: Look only back.
+    """
+
+    bounds: Tensor
+    longest: int
+    causal: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PackedLayout:
     """Where attention finds the items of a packed row.
 
     Attributes:
-        blocks: All items, each in one block.
+        blocks: All items, each in one block; empty with `spans`.
         restore_T: int64, for each token of the packed row its place in the blocks' outputs laid end to end.
+        spans: For the flash kernel, in place of blocks.
     """
 
     blocks: tuple[Block, ...]
     restore_T: Tensor
+    spans: Spans | None = None
 
     @classmethod
-    def of_lengths(cls, lengths: Sequence[int], *, causal: bool, device: torch.device) -> "PackedLayout":
+    def of_lengths(
+        cls,
+        lengths: Sequence[int],
+        *,
+        causal: bool,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> "PackedLayout":
         """Each token sees the tokens of its own item: all of them, or those before it."""
-        return _layout_of_lengths(tuple(lengths), causal, device)
+        return _layout_of_lengths(tuple(lengths), causal, device, best_kernel(device, dtype))
+
+
+def best_kernel(device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The fastest kernel there is for items of different lengths."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return "varlen" if device.type == "cuda" and half and _varlen_kernel() else "blocks"
+
+
+@lru_cache(maxsize=1)
+def _varlen_kernel() -> Callable[..., Tensor] | None:
+    """PyTorch's flash attention over cumulative lengths, where this build has it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept serves training too, whoever asks first
-def _layout_of_lengths(lengths: tuple[int, ...], causal: bool, device: torch.device) -> PackedLayout:
+def _layout_of_lengths(
+    lengths: tuple[int, ...], causal: bool, device: torch.device, kernel: Kernel
+) -> PackedLayout:
     length_N = torch.tensor(lengths)
     start_N = torch.cumsum(length_N, 0) - length_N
+    if kernel == "varlen":
+        bounds = F.pad(length_N.cumsum(0), (1, 0)).to(device, torch.int32)
+        nowhere = torch.empty(0, dtype=torch.long, device=device)
+        return PackedLayout((), nowhere, Spans(bounds=bounds, longest=max(lengths), causal=causal))
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     blocks, restore_T, place = [], torch.empty(int(length_N.sum()), dtype=torch.long), 0
     first = 0
@@ -88,20 +141,26 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     layout: PackedLayout | None = None,
+    tower_layouts: Sequence[tuple[Tensor, PackedLayout]] = (),
     cu_seq_lens_q: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query (1, H, T, D), key, value (1, H or fewer, T, D) → (1, T, H, D).
 
-    The decoder passes `layout`; the vision tower passes cumulative lengths.
+    The decoder passes `layout`. A vision tower passes cumulative lengths, of images in some layers and of
+    windows in others; `tower_layouts` has the layout of each, so that no layer asks the device for lengths.
     """
+    if layout is None:
+        layout = next((known for bounds, known in tower_layouts if bounds is cu_seq_lens_q), None)
     if layout is None:
         if cu_seq_lens_q is None:
             raise RuntimeError(
                 "packed attention needs a layout; call the backbone through Encoder or Reranker"
             )
         lengths = torch.diff(cu_seq_lens_q).tolist()
-        layout = PackedLayout.of_lengths(lengths, causal=False, device=query.device)
+        layout = PackedLayout.of_lengths(lengths, causal=False, device=query.device, dtype=query.dtype)
+    if layout.spans is not None:
+        return _by_spans(layout.spans, query, key, value, scaling)[None], None
     group = query.shape[1] // key.shape[1]
     outputs = []
     for block in layout.blocks:
@@ -128,12 +187,44 @@ def packed_attention(
     return packed_THD[None], None
 
 
+def _by_spans(spans: Spans, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    kernel = _varlen_kernel()
+    assert kernel is not None, "spans are made only where the kernel is"
+    offered = inspect.signature(kernel).parameters
+    group = query.shape[1] // key.shape[1]
+    states = [query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)]
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0 if spans.causal else -1)}
+    if group > 1 and "enable_gqa" in offered:
+        options["enable_gqa"] = True
+    elif group > 1:
+        states[1:] = [part.repeat_interleave(group, dim=1) for part in states[1:]]
+    if "num_splits" in offered:
+        options["num_splits"] = 1  # else the longest of the batch decides in which order others are summed
+    return kernel(*states, spans.bounds, spans.bounds, spans.longest, spans.longest, **options)
+
+
 def use_packed_attention(model: Any) -> None:
-    """Switch a loaded backbone, decoder and vision tower, to packed attention."""
+    """Switch a loaded backbone, decoder and vision tower, to packed attention; says which kernel serves."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+    set_attention(model, NAME)
+
+
+def set_attention(model: Any, name: str) -> None:
+    """Switch all parts of a model to the attention that Transformers knows as `name`."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation"):
-            config._attn_implementation = NAME
+            config._attn_implementation = name
+
+
+def log_kernel(device: torch.device, dtype: torch.dtype) -> Kernel:
+    """Say in the log which kernel serves there."""
+    kernel = best_kernel(device, dtype)
+    what = {
+        "varlen": "flash over cumulative lengths (torch.nn.attention.varlen)",
+        "blocks": "scaled_dot_product_attention in blocks of like length",
+    }[kernel]
+    log.info("packed attention on %s in %s: %s", device, str(dtype).removeprefix("torch."), what)
+    return kernel

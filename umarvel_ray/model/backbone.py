@@ -1,4 +1,7 @@
-"""A Qwen2-VL folder → model and tokenizer; LoRA on the decoder; which parameters train; saving."""
+"""A Transformers folder → model, adapter and tokenizer; the packed forward; LoRA on the decoder; saving.
+
+T tokens, V vision tokens, D width.
+"""
 
 import json
 import os
@@ -9,8 +12,8 @@ import torch
 
 from umarvel_ray.config import ConfigT, build_config
 from umarvel_ray.errors import CheckpointError
+from umarvel_ray.model.adapters import Adapter, VisionFeatures, adapter_for
 from umarvel_ray.model.attention import PackedLayout, use_packed_attention
-from umarvel_ray.model.images import normalise_patches
 from umarvel_ray.model.inputs import EncoderInputs
 from umarvel_ray.model.settings import LoraSettings
 
@@ -21,15 +24,15 @@ _DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\
 HUB_PREFIX = "hf://"
 
 
-def load_backbone(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model with LM head, in packed attention, and tokenizer.
+def load_backbone(path: str, dtype: torch.dtype) -> tuple[Any, Adapter, Any]:
+    """Model with LM head, in packed attention; its adapter; and its tokenizer.
 
     Args:
         path: A Transformers folder, or `hf://OWNER/NAME` for a model of the hub, where there is a network.
         dtype: Of the weights.
 
     Raises:
-        CheckpointError: There is no Qwen2-VL checkpoint.
+        CheckpointError: There is no checkpoint of a known backbone.
     """
     if path.startswith(HUB_PREFIX):
         # The hub library reads this once, when it is first imported.
@@ -39,7 +42,7 @@ def load_backbone(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise CheckpointError(
             f"{path}: no config.json there, so no checkpoint. Give a Transformers folder, or hf://OWNER/NAME."
         )
-    from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
     try:
         config = AutoConfig.from_pretrained(path)
@@ -47,13 +50,10 @@ def load_backbone(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise CheckpointError(
             f"{path}: cannot be loaded ({str(error).splitlines()[0]}). Check the path."
         ) from None
-    if config.model_type != "qwen2_vl":
-        raise CheckpointError(
-            f"{path}: the backbone is {config.model_type!r}; this version reads 'qwen2_vl'."
-        )
-    model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    adapter = adapter_for(config, path)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     use_packed_attention(model)
-    return model, AutoTokenizer.from_pretrained(path)
+    return model, adapter, AutoTokenizer.from_pretrained(path)
 
 
 def add_tokens(model: Any, tokenizer: Any, tokens: tuple[str, ...]) -> None:
@@ -76,25 +76,46 @@ def add_tokens(model: Any, tokenizer: Any, tokens: tuple[str, ...]) -> None:
             head.weight[ids] = head.weight[: min(ids)].float().mean(0).to(head.weight.dtype)
 
 
-def hidden_states(model: Any, inputs: EncoderInputs, layout: PackedLayout) -> torch.Tensor:
-    """Final-norm hidden states (T, D) of a packed micro-batch; no padding, no LM head, no cache."""
-    core = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
+def hidden_states(
+    model: Any,
+    adapter: Adapter,
+    inputs: EncoderInputs,
+    layout: PackedLayout,
+    *,
+    features: VisionFeatures | None = None,
+) -> torch.Tensor:
+    """Final-norm hidden states (T, D) of a packed micro-batch; no padding, no LM head, no cache.
+
+    Args:
+        model: From `load_backbone`, adapters attached or not.
+        adapter: The backbone's.
+        inputs: On the model's device.
+        layout: Who sees whom.
+        features: Of all visuals, where they are known already; else the tower is asked.
+    """
+    core = core_of(model)
+    if features is None and inputs.visuals is not None:
+        if inputs.visuals.patches_P is None or inputs.visuals.stored_VF is not None:
+            raise ValueError("stored features are joined by the encoder; pass them as `features`")
+        features = adapter.tower(core, inputs.visuals.patches_P, inputs.visuals.grids)
     embeds_TD = core.get_input_embeddings()(inputs.ids_T)
-    if inputs.patches_P is not None:
-        vision = core.config.vision_config
-        pixels = normalise_patches(inputs.patches_P, temporal=vision.temporal_patch_size)
-        grids = torch.tensor([(1, *grid) for grid in inputs.grids_M], device=pixels.device)
-        features = core.visual(pixels.to(core.visual.dtype), grid_thw=grids).pooler_output
-        is_image_T = inputs.ids_T == core.config.image_token_id
-        embeds_TD = embeds_TD.masked_scatter(is_image_T[:, None], features.to(embeds_TD.dtype))
+    is_vision_T = (inputs.ids_T == adapter.image_token) | (inputs.ids_T == adapter.video_token)
+    if features is not None:
+        embeds_TD = embeds_TD.masked_scatter(is_vision_T[:, None], features.merged_VD.to(embeds_TD.dtype))
     output = core.language_model(
         inputs_embeds=embeds_TD[None],
         position_ids=inputs.positions_3T[:, None],
-        attention_mask={"full_attention": None},
+        attention_mask=None,
         use_cache=False,
         layout=layout,
+        **adapter.decoder_inputs(is_vision_T, features),
     )
     return output.last_hidden_state[0]
+
+
+def core_of(model: Any) -> Any:
+    """Tower and decoder, without LM head and without PEFT's wrapping."""
+    return model.get_base_model().model if hasattr(model, "get_base_model") else model.model
 
 
 def set_trainable(model: Any, trainable: Literal["lora", "full"], lora: LoraSettings) -> Any:

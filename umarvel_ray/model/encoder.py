@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from umarvel_ray.artifacts import write_json
 from umarvel_ray.data.records import Candidate, Query
+from umarvel_ray.model.adapters import Adapter
 from umarvel_ray.model.attention import PackedLayout
 from umarvel_ray.model.backbone import (
     DTYPES,
@@ -25,8 +26,9 @@ from umarvel_ray.model.backbone import (
     save_backbone,
     set_trainable,
 )
-from umarvel_ray.model.inputs import ADDED_TOKENS, EncoderInputs, InputBuilder, Item, micro_batches
+from umarvel_ray.model.inputs import EncoderInputs, InputBuilder, Item, micro_batches
 from umarvel_ray.model.pooling import mean_pool
+from umarvel_ray.model.prompts import ADDED_TOKENS
 from umarvel_ray.model.settings import DtypeName, EncoderSettings, LoraSettings
 
 SETTINGS_FILE = "embedding.json"
@@ -43,15 +45,23 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, settings: EncoderSettings, *, temperature: float, source: str
+        self,
+        model: Any,
+        adapter: Adapter,
+        tokenizer: Any,
+        settings: EncoderSettings,
+        *,
+        temperature: float,
+        source: str,
     ) -> None:
         super().__init__()
         self.model = model
+        self.adapter = adapter
         self.settings = settings
         self.source = source
         self.temperature = nn.Parameter(torch.tensor(temperature, dtype=torch.float32), requires_grad=False)
         self._tokenizer = tokenizer
-        self.builder = InputBuilder(tokenizer, settings)
+        self.builder = InputBuilder(tokenizer, adapter, settings)
 
     @classmethod
     def load(
@@ -74,10 +84,11 @@ class Encoder(nn.Module):
         path = str(path)
         stored = read_settings_file(Path(path) / SETTINGS_FILE)
         settings = resolve_settings(stored, settings, EncoderSettings, path=path)
-        model, tokenizer = load_backbone(path, DTYPES[dtype])
+        model, adapter, tokenizer = load_backbone(path, DTYPES[dtype])
         add_tokens(model, tokenizer, ADDED_TOKENS)
         encoder = cls(
             model,
+            adapter,
             tokenizer,
             settings,
             temperature=stored.get("temperature", INITIAL_TEMPERATURE),
@@ -97,14 +108,16 @@ class Encoder(nn.Module):
 
     def cache_inputs(self, num_bytes: int) -> None:
         """Keep up to `num_bytes` of prepared records in memory."""
-        self.builder = InputBuilder(self._tokenizer, self.settings, cache_bytes=num_bytes)
+        self.builder = InputBuilder(self._tokenizer, self.adapter, self.settings, cache_bytes=num_bytes)
 
     def forward(self, inputs: EncoderInputs) -> Tensor:
         """Embed a packed micro-batch: (N, D) float32, unit norm. No row depends on its batch mates."""
         inputs = inputs.to(self.device)
         causal = self.settings.attention == "causal"
-        layout = PackedLayout.of_lengths(inputs.lengths_N, causal=causal, device=self.device)
-        hidden_TD = hidden_states(self.model, inputs, layout)
+        layout = PackedLayout.of_lengths(
+            inputs.lengths_N, causal=causal, device=self.device, dtype=self.model.dtype
+        )
+        hidden_TD = hidden_states(self.model, self.adapter, inputs, layout)
         return mean_pool(hidden_TD, inputs.pooled_T, inputs.lengths_N)
 
     @torch.inference_mode()

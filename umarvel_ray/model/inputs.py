@@ -1,9 +1,8 @@
-"""Record → prompt → tokens, patches and pooling mask; the one place where a prompt is built.
+"""Record → prompt → tokens, patches and pooling mask; the one place where a record's prompt is built.
 
-T tokens of a packed micro-batch, N items in it, P vision patches, M images.
+T tokens of a packed micro-batch, N items in it.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +11,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from umarvel_ray.data.records import Candidate, Query
-from umarvel_ray.model.images import load_patches
+from umarvel_ray.data.records import Candidate, Picture, Query, Video
+from umarvel_ray.errors import DataError
+from umarvel_ray.model.adapters import Adapter
+from umarvel_ray.model.prompts import (
+    ADDED_TOKENS,
+    EMBED_TOKEN,
+    INSTRUCTION_END,
+    INSTRUCTION_START,
+    ChatTemplate,
+    clean,
+    encode,
+)
 from umarvel_ray.model.settings import EncoderSettings
+from umarvel_ray.model.visuals import (
+    PackedVisuals,
+    Visual,
+    VisualReader,
+    mrope_positions,
+    pack_visuals,
+)
 
-EMBED_TOKEN = "<emb>"
-INSTRUCTION_START = "<instruction_start>"
-INSTRUCTION_END = "<instruction_end>"
-ADDED_TOKENS = (EMBED_TOKEN, INSTRUCTION_START, INSTRUCTION_END)
-
-_TEXT = "\x01text\x01"
-"""Stands where the user's text goes while the template is rendered."""
 _COMPRESSION = {
     "text": "\nSummarize above sentence in one word: ",
     "image": "\nSummarize above image in one word: ",
@@ -30,41 +39,31 @@ _COMPRESSION = {
 }
 
 
-def clean(text: str) -> str:
-    """Drop carriage returns, strip blanks and double quotes; upper-case the first letter, end in a stop."""
-    text = text.replace("\r", "").strip().strip('"')
-    if text:
-        text = text[0].upper() + text[1:]
-        if text[-1] not in ".?!":
-            text += "."
-    return text
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Item:
     """One record, ready to be packed.
 
     Attributes:
-        ids: int32 (T,), image tokens expanded.
+        ids: int32 (T,), vision tokens expanded.
         pooled: bool (T,), which hidden states the embedding averages.
-        patches: uint8 (P, 588), all images in order; None without images.
-        grids: (height, width) of each image in patches.
+        visuals: Pictures and videos, in the order of their tokens.
+        num_cut: Tokens of its text that were left out.
     """
 
     ids: np.ndarray
     pooled: np.ndarray
-    patches: np.ndarray | None
-    grids: tuple[tuple[int, int], ...]
+    visuals: tuple[Visual, ...] = ()
+    num_cut: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """Length in the decoder, image tokens included."""
+        """Length in the decoder, vision tokens included."""
         return len(self.ids)
 
     @property
     def num_bytes(self) -> int:
         """Memory held."""
-        return self.ids.nbytes + self.pooled.nbytes + (0 if self.patches is None else self.patches.nbytes)
+        return self.ids.nbytes + self.pooled.nbytes + sum(visual.num_bytes for visual in self.visuals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +75,14 @@ class EncoderInputs:
         positions_3T: int64 rotary positions: temporal, height, width; all equal for sequential positions.
         pooled_T: bool, which hidden states are averaged.
         lengths_N: Tokens of each item.
-        patches_P: uint8 (P, 588) or None.
-        grids_M: (height, width) of each image in patches.
+        visuals: Their pictures; None where nobody has any.
     """
 
     ids_T: Tensor
     positions_3T: Tensor
     pooled_T: Tensor
     lengths_N: tuple[int, ...]
-    patches_P: Tensor | None
-    grids_M: tuple[tuple[int, int], ...]
+    visuals: PackedVisuals | None
 
     def to(self, device: torch.device) -> "EncoderInputs":
         """The same micro-batch on `device`."""
@@ -94,60 +91,24 @@ class EncoderInputs:
             positions_3T=self.positions_3T.to(device, non_blocking=True),
             pooled_T=self.pooled_T.to(device, non_blocking=True),
             lengths_N=self.lengths_N,
-            patches_P=None if self.patches_P is None else self.patches_P.to(device, non_blocking=True),
-            grids_M=self.grids_M,
+            visuals=None if self.visuals is None else self.visuals.to(device),
         )
-
-
-class ChatTemplate:
-    """A backbone's chat template, cut open where the user's text stands: only text is tokenized per record.
-
-    The pieces around the text are constant; a tokenizer of the Qwen family never merges across them, because
-    they end and begin in special tokens or line ends. A test holds this against the whole rendered string.
-    """
-
-    def __init__(self, tokenizer: Any, *, answer: str, generation_prompt: bool = False) -> None:
-        rendered = tokenizer.apply_chat_template(
-            [
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _TEXT}]},
-                {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-            ],
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-        )
-        head, tail = rendered.split(_TEXT)
-        pad = "<|image_pad|>"
-        start = head.rindex("<|vision_start|>")
-        self.image_token = tokenizer.convert_tokens_to_ids(pad)
-        self.before = _encode(tokenizer, head[:start])
-        self.image_start = _encode(tokenizer, head[start:].split(pad)[0])
-        self.image_end = _encode(tokenizer, head[start:].split(pad)[1])
-        self.after = _encode(tokenizer, tail)
-        self.tail = tail
-        special = dict.fromkeys([*tokenizer.all_special_tokens, *ADDED_TOKENS])
-        self._special = re.compile("|".join(map(re.escape, special)))
-
-    def words(self, text: str | None) -> str:
-        """Text from data: special tokens spelt out there are words, not commands."""
-        if not text or "<" not in text:
-            return text or ""
-        return self._special.sub(lambda match: " ".join(match.group()), text)
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 class InputBuilder:
     """Builds an `Item` from a `Query` or a `Candidate`; keeps the first ones up to `cache_bytes`."""
 
-    def __init__(self, tokenizer: Any, settings: EncoderSettings, *, cache_bytes: int = 0) -> None:
+    def __init__(
+        self, tokenizer: Any, adapter: Adapter, settings: EncoderSettings, *, cache_bytes: int = 0
+    ) -> None:
         self.settings = settings
+        self.adapter = adapter
+        self.reader = VisualReader(adapter, settings.images, settings.videos)
         self._tokenizer = tokenizer
         self._template = ChatTemplate(
             tokenizer, answer=f"{EMBED_TOKEN}.", generation_prompt=settings.append_generation_prompt
         )
-        start, end, embed = tokenizer.convert_tokens_to_ids([INSTRUCTION_START, INSTRUCTION_END, EMBED_TOKEN])
+        embed, start, end = tokenizer.convert_tokens_to_ids(ADDED_TOKENS)
         self._start_id, self._end_id, self._embed_id = start, end, embed
         self._cache: dict[Query | Candidate, Item] = {}
         self._cache_room = cache_bytes
@@ -156,7 +117,7 @@ class InputBuilder:
         """Tokens, patches and pooling mask of one record.
 
         Raises:
-            DataError: Its image is missing or broken.
+            DataError: Its image is missing or broken, or its text is no text.
         """
         item = self._cache.get(record)
         if item is None:
@@ -167,31 +128,76 @@ class InputBuilder:
         return item
 
     def text_of(self, record: Query | Candidate) -> str:
-        """The user's text as the model reads it, before templating."""
-        txt = self._template.words(record.txt)
+        """The user's text as the model reads it, before templating; pictures between words left out."""
+        return " ".join(part for part in self._parts(record) if isinstance(part, str))
+
+    def _parts(self, record: Query | Candidate) -> list[str | Picture | Video]:
+        """Texts and visuals in turn, texts cleaned, the instruction before the first of them."""
+        parts: list[str | Picture | Video] = []
+        for part in record.content:
+            words = self._template.words(part) if isinstance(part, str) else None
+            if words is None:
+                parts.append(part)
+            elif parts and isinstance(parts[-1], str):
+                parts[-1] = f"{parts[-1]} {words}"
+            else:
+                parts.append(words)
+        instruction = self._instruction(record)
+        if instruction:
+            first = next((place for place, part in enumerate(parts) if isinstance(part, str)), len(parts))
+            words = parts.pop(first) if first < len(parts) else ""
+            parts.insert(first, clean(f"{instruction} {words}"))
+        else:
+            first = -1
+        return [
+            clean(part) if isinstance(part, str) and place != first and not record.verbatim else part
+            for place, part in enumerate(parts)
+        ]
+
+    def _instruction(self, record: Query | Candidate) -> str:
         mode = self.settings.instruction
-        if isinstance(record, Query) and record.instruction and mode != "none":
-            instruction = clean(self._template.words(record.instruction))
-            if mode == "masked":
-                instruction = f"{INSTRUCTION_START}{instruction}{INSTRUCTION_END}"
-            return clean(f"{instruction} {txt}")
-        return txt if record.verbatim else clean(txt)
+        if not isinstance(record, Query) or not record.instruction or mode == "none":
+            return ""
+        instruction = clean(self._template.words(record.instruction))
+        return f"{INSTRUCTION_START}{instruction}{INSTRUCTION_END}" if mode == "masked" else instruction
 
     def _build(self, record: Query | Candidate) -> Item:
-        template = self._template
-        text_ids = _encode(self._tokenizer, self.text_of(record))[: self.settings.max_text_tokens]
-        suffix = _COMPRESSION[record.modality] if self.settings.compression_prompt else ""
-        suffix_ids = _encode(self._tokenizer, suffix) if suffix else []
-        patches, grids, image_ids = None, (), []
-        if record.img_path:
-            patches, grid = load_patches(record.img_path, self.settings.images)
-            grids = (grid,)
-            num = grid[0] * grid[1] // self.settings.images.merge_size**2
-            image_ids = [*template.image_start, *[template.image_token] * num, *template.image_end]
-        ids = np.array(
-            [*template.before, *image_ids, *text_ids, *suffix_ids, *template.after], dtype=np.int32
-        )
-        return Item(ids=ids, pooled=self._pooled(ids), patches=patches, grids=grids)
+        template, room, num_cut = self._template, self.settings.max_text_tokens, 0
+        ids = list(template.before)
+        visuals: list[Visual] = []
+        waiting = ""  # a text stands here until it is known whether a label follows: both are read as one
+        for part in self._parts(record):
+            if isinstance(part, str):
+                text_ids = self._encode(part, record)
+                if len(text_ids) <= room:
+                    waiting = part
+                else:
+                    ids += text_ids[:room]
+                num_cut += max(0, len(text_ids) - room)
+                room = max(0, room - len(text_ids))
+                continue
+            visual = self.reader.read(part)
+            visuals.append(visual)
+            for grid, label in zip(visual.grids, visual.labels, strict=True):
+                ids += self._encode(waiting + label, record)
+                ids += template.visual(self.adapter.num_tokens(grid), visual.token)
+                waiting = ""
+        ids += self._encode(waiting, record)
+        if self.settings.compression_prompt:
+            ids += encode(self._tokenizer, _COMPRESSION[_asked_of(record)])
+        ids += template.after
+        id_T = np.array(ids, dtype=np.int32)
+        return Item(ids=id_T, pooled=self._pooled(id_T), visuals=tuple(visuals), num_cut=num_cut)
+
+    def _encode(self, text: str, record: Query | Candidate) -> list[int]:
+        try:
+            return encode(self._tokenizer, text)
+        except (UnicodeError, TypeError):
+            name = f"query {record.qid}" if isinstance(record, Query) else f"candidate {record.did}"
+            raise DataError(
+                f"{name}: its text holds half of a surrogate pair, which is no character. "
+                "Write the file anew as UTF-8."
+            ) from None
 
     def _pooled(self, ids: np.ndarray) -> np.ndarray:
         if self.settings.pooling == "last":
@@ -202,56 +208,36 @@ class InputBuilder:
         starts = np.flatnonzero(ids == self._start_id)
         if len(starts):
             ends = np.flatnonzero(ids == self._end_id)
-            # A text cut inside its instruction has no end marker: all up to the tail is instruction.
-            end = ends[-1] + 1 if len(ends) else len(ids) - len(self._template.after)
+            # A text cut inside its instruction has no end marker: what follows it is a picture or the tail.
+            pictures = np.flatnonzero(ids == self._template.image_start[0])
+            tail = len(ids) - len(self._template.after)
+            end = ends[-1] + 1 if len(ends) else min([tail, *pictures[pictures > starts[0]]])
             pooled[starts[0] : end] = False
         return pooled
 
     def pack(self, items: Sequence[Item]) -> EncoderInputs:
         """Lay items end to end."""
-        mrope = self.settings.positions == "mrope"
-        merge = self.settings.images.merge_size
-        positions = [
-            mrope_positions(item.ids, item.grids, image_token=self._template.image_token, merge_size=merge)
-            if mrope
-            else np.broadcast_to(np.arange(item.num_tokens), (3, item.num_tokens))
-            for item in items
-        ]
-        patches = [item.patches for item in items if item.patches is not None]
         return EncoderInputs(
             ids_T=torch.from_numpy(np.concatenate([item.ids for item in items]).astype(np.int64)),
-            positions_3T=torch.from_numpy(np.concatenate(positions, axis=1).astype(np.int64)),
+            positions_3T=torch.from_numpy(np.concatenate([self.positions(item) for item in items], axis=1)),
             pooled_T=torch.from_numpy(np.concatenate([item.pooled for item in items])),
             lengths_N=tuple(item.num_tokens for item in items),
-            patches_P=torch.from_numpy(np.concatenate(patches)) if patches else None,
-            grids_M=tuple(grid for item in items for grid in item.grids),
+            visuals=pack_visuals([visual for item in items for visual in item.visuals], self.adapter),
         )
 
+    def positions(self, item: Item) -> np.ndarray:
+        """Rotary positions of one item, int64 (3, T)."""
+        if self.settings.positions == "sequential":
+            return np.broadcast_to(np.arange(item.num_tokens), (3, item.num_tokens))
+        runs = [(grid, visual.tick) for visual in item.visuals for grid in visual.grids]
+        grids, ticks = [grid for grid, _ in runs], [tick for _, tick in runs]
+        return mrope_positions(item.ids, grids, adapter=self.adapter, ticks=ticks)
 
-def mrope_positions(
-    ids: np.ndarray, grids: Sequence[tuple[int, int]], *, image_token: int, merge_size: int, start: int = 0
-) -> np.ndarray:
-    """Rotary positions (3, T) of Qwen2-VL: text counts on, an image spans a (1, height, width) grid.
 
-    Source: Wang et al. 2024, section 2.1, arXiv:2409.12191.
-    """
-    positions = np.empty((3, len(ids)), dtype=np.int64)
-    place, following, images = 0, start, iter(grids)
-    is_image = ids == image_token
-    while place < len(ids):
-        if is_image[place]:
-            height, width = (side // merge_size for side in next(images))
-            num = height * width
-            positions[0, place : place + num] = following
-            positions[1, place : place + num] = following + np.repeat(np.arange(height), width)
-            positions[2, place : place + num] = following + np.tile(np.arange(width), height)
-            following += max(height, width)
-        else:
-            num = int(np.argmax(is_image[place:])) or len(ids) - place
-            positions[:, place : place + num] = following + np.arange(num)
-            following += num
-        place += num
-    return positions
+def _asked_of(record: Query | Candidate) -> str:
+    """What a compression prompt calls a record's content: a video is many images."""
+    kinds = [isinstance(part, str) for part in record.content if part]
+    return ",".join(name for name, there in (("image", not all(kinds)), ("text", any(kinds))) if there)
 
 
 def micro_batches(num_tokens: Sequence[int], max_tokens: int) -> list[list[int]]:

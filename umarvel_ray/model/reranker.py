@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from umarvel_ray.artifacts import write_json
-from umarvel_ray.data.records import Candidate, Query
+from umarvel_ray.data.records import Candidate, Picture, Query
 from umarvel_ray.errors import CheckpointError
+from umarvel_ray.model.adapters import Adapter
 from umarvel_ray.model.attention import Block, PackedLayout
 from umarvel_ray.model.backbone import (
     DTYPES,
@@ -29,9 +30,11 @@ from umarvel_ray.model.backbone import (
     save_backbone,
     set_trainable,
 )
-from umarvel_ray.model.images import load_patches
-from umarvel_ray.model.inputs import ChatTemplate, EncoderInputs, clean, micro_batches, mrope_positions
+from umarvel_ray.model.images import Grid
+from umarvel_ray.model.inputs import EncoderInputs, micro_batches
+from umarvel_ray.model.prompts import ChatTemplate, clean
 from umarvel_ray.model.settings import RERANKER_PROMPTS, DtypeName, LoraSettings, RerankerSettings
+from umarvel_ray.model.visuals import Visual, VisualReader, mrope_positions, pack_visuals
 
 SETTINGS_FILE = "reranker.json"
 
@@ -45,16 +48,14 @@ class Tree:
         positions: int64 (3, T), restarted for each candidate where the prefix ends.
         leaf: int32 (T,), 0 in the prefix, 1 … in the candidates.
         decisive: int64, for each candidate the token whose successor is the answer.
-        patches: uint8 (P, 588) of all images in token order, or None.
-        grids: (height, width) of each image in patches.
+        visuals: All pictures, in token order.
     """
 
     ids: np.ndarray
     positions: np.ndarray
     leaf: np.ndarray
     decisive: np.ndarray
-    patches: np.ndarray | None
-    grids: tuple[tuple[int, int], ...]
+    visuals: tuple[Visual, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -65,15 +66,17 @@ class Tree:
 class TreeBuilder:
     """(query, candidates) → `Tree`."""
 
-    def __init__(self, tokenizer: Any, settings: RerankerSettings) -> None:
+    def __init__(self, tokenizer: Any, adapter: Adapter, settings: RerankerSettings) -> None:
         self.settings = settings
+        self.adapter = adapter
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, answer="Yes")
         before_answer, self._closing = self._template.tail.rsplit("Yes", 1)
         self._after = self._encode(before_answer)
         self.answer_ids = {True: self._one_id("Yes"), False: self._one_id("No")}
         # A query's image stands in every one of its pairs, and neighbours share candidates.
-        self._image = lru_cache(maxsize=2048)(lambda path: load_patches(path, settings.images))
+        reader = VisualReader(adapter, settings.images)
+        self._image = lru_cache(maxsize=2048)(lambda path: reader.read(Picture(path)))
 
     def build(
         self, query: Query, candidates: Sequence[Candidate], answers: Sequence[bool] | None = None
@@ -87,31 +90,25 @@ class TreeBuilder:
         """
         rows = [self._pair(query, candidate) for candidate in candidates]
         shared = min(_common_prefix([ids for ids, _, _ in rows]), *(picture for _, _, picture in rows))
-        merge = self.settings.images.merge_size
-        image_token = self._template.image_token
-        query_patches = [self._image(query.img_path)] if query.img_path else []
+        query_images = [self._image(query.img_path)] if query.img_path else []
         prefix = rows[0][0][:shared]
-        query_grids = [grid for _, grid in query_patches]
-        prefix_positions = mrope_positions(
-            np.array(prefix), query_grids, image_token=image_token, merge_size=merge
-        )
+        prefix_positions = mrope_positions(np.array(prefix), _grids(query_images), adapter=self.adapter)
         restart = int(prefix_positions.max()) + 1 if shared else 0
         ids, positions, leaf = (
             [np.array(prefix, dtype=np.int32)],
             [prefix_positions],
             [np.zeros(shared, dtype=np.int32)],
         )
-        images, decisive, place = list(query_patches), [], shared
+        images, decisive, place = list(query_images), [], shared
         for number, (row, candidate_images, _) in enumerate(rows, start=1):
             own = row[shared:]
             decisive.append(place + len(own) - 1)
             if answers is not None:
                 own = [*own, self.answer_ids[answers[number - 1]], *self._encode(self._closing)]
             tokens = np.array(own, dtype=np.int32)
-            grids = [grid for _, grid in candidate_images]
             ids.append(tokens)
             positions.append(
-                mrope_positions(tokens, grids, image_token=image_token, merge_size=merge, start=restart)
+                mrope_positions(tokens, _grids(candidate_images), adapter=self.adapter, start=restart)
             )
             leaf.append(np.full(len(own), number, dtype=np.int32))
             images += candidate_images
@@ -121,13 +118,10 @@ class TreeBuilder:
             positions=np.concatenate(positions, axis=1),
             leaf=np.concatenate(leaf),
             decisive=np.array(decisive),
-            patches=np.concatenate([patches for patches, _ in images]) if images else None,
-            grids=tuple(grid for _, grid in images),
+            visuals=tuple(images),
         )
 
-    def _pair(
-        self, query: Query, candidate: Candidate
-    ) -> tuple[list[int], list[tuple[np.ndarray, tuple[int, int]]], int]:
+    def _pair(self, query: Query, candidate: Candidate) -> tuple[list[int], list[Visual], int]:
         """Tokens of one pair up to where the answer begins, the candidate's image, and where that stands.
 
         Two candidates' images may take the same tokens and yet differ: no prefix reaches into one.
@@ -135,12 +129,12 @@ class TreeBuilder:
         template = self._template
         instruction = clean(template.words(query.instruction))
         words = self._cut(clean(f"{instruction} {template.words(query.txt)}"))
-        images: list[tuple[np.ndarray, tuple[int, int]]] = []
+        images: list[Visual] = []
         picture = 0
         ids = list(template.before)
         text = f"{RERANKER_PROMPTS[self.settings.prompt]}Query:"
         if query.img_path:
-            ids += [*self._encode(text), *self._image_ids(self._image(query.img_path)[1])]
+            ids += [*self._encode(text), *self._image_ids(self._image(query.img_path))]
             text = ""
         text += f"{words}Candidate:"
         if candidate.img_path:
@@ -148,16 +142,14 @@ class TreeBuilder:
             images.append(image)
             ids += self._encode(text)
             picture = len(ids)
-            ids += self._image_ids(image[1])
+            ids += self._image_ids(image)
             text = ""
         text += self._cut(clean(template.words(candidate.txt)))
         ids += [*self._encode(text), *self._after]
         return ids, images, picture if images else len(ids)
 
-    def _image_ids(self, grid: tuple[int, int]) -> list[int]:
-        template = self._template
-        num = grid[0] * grid[1] // self.settings.images.merge_size**2
-        return [*template.image_start, *[template.image_token] * num, *template.image_end]
+    def _image_ids(self, image: Visual) -> list[int]:
+        return self._template.visual(self.adapter.num_tokens(image.grids[0]))
 
     def _cut(self, text: str) -> str:
         ids = self._encode(text)
@@ -187,7 +179,13 @@ def _common_prefix(rows: Sequence[list[int]]) -> int:
     return next((i for i in range(shortest) if first[i] != last[i]), shortest)
 
 
-def pack_trees(trees: Sequence[Tree], *, device: torch.device) -> tuple[EncoderInputs, PackedLayout]:
+def _grids(visuals: Sequence[Visual]) -> list[Grid]:
+    return [grid for visual in visuals for grid in visual.grids]
+
+
+def pack_trees(
+    trees: Sequence[Tree], adapter: Adapter, *, device: torch.device
+) -> tuple[EncoderInputs, PackedLayout]:
     """Lay trees end to end, and tell attention who sees whom."""
     lengths = [tree.num_tokens for tree in trees]
     longest = max(lengths)
@@ -205,14 +203,12 @@ def pack_trees(trees: Sequence[Tree], *, device: torch.device) -> tuple[EncoderI
     real = torch.from_numpy((leaf_BL >= 0).ravel())
     block = Block(index_BL=torch.from_numpy(index_BL).to(device), mask=sees[:, None], causal=False)
     layout = PackedLayout(blocks=(block,), restore_T=torch.nonzero(real).squeeze(1).to(device))
-    patches = [tree.patches for tree in trees if tree.patches is not None]
     inputs = EncoderInputs(
         ids_T=torch.from_numpy(np.concatenate([tree.ids for tree in trees]).astype(np.int64)),
         positions_3T=torch.from_numpy(np.concatenate([tree.positions for tree in trees], axis=1)),
         pooled_T=torch.ones(sum(lengths), dtype=torch.bool),
         lengths_N=tuple(lengths),
-        patches_P=torch.from_numpy(np.concatenate(patches)) if patches else None,
-        grids_M=tuple(grid for tree in trees for grid in tree.grids),
+        visuals=pack_visuals([visual for tree in trees for visual in tree.visuals], adapter),
     )
     return inputs.to(device), layout
 
@@ -225,13 +221,16 @@ class Reranker(nn.Module):
         builder: (query, candidates) → `Tree`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, settings: RerankerSettings, *, source: str) -> None:
+    def __init__(
+        self, model: Any, adapter: Adapter, tokenizer: Any, settings: RerankerSettings, *, source: str
+    ) -> None:
         super().__init__()
         self.model = model
+        self.adapter = adapter
         self.settings = settings
         self.source = source
         self._tokenizer = tokenizer
-        self.builder = TreeBuilder(tokenizer, settings)
+        self.builder = TreeBuilder(tokenizer, adapter, settings)
 
     @classmethod
     def load(
@@ -257,8 +256,8 @@ class Reranker(nn.Module):
         path = str(path)
         stored = read_settings_file(Path(path) / SETTINGS_FILE)
         settings = resolve_settings(stored, settings, RerankerSettings, path=path)
-        model, tokenizer = load_backbone(path, DTYPES[dtype])
-        reranker = cls(model, tokenizer, settings, source=path)
+        model, adapter, tokenizer = load_backbone(path, DTYPES[dtype])
+        reranker = cls(model, adapter, tokenizer, settings, source=path)
         return reranker.requires_grad_(False).eval().to(device)
 
     @property
@@ -268,8 +267,8 @@ class Reranker(nn.Module):
 
     def hidden(self, trees: Sequence[Tree]) -> Tensor:
         """Final hidden states (T, D) of packed trees."""
-        inputs, layout = pack_trees(trees, device=self.device)
-        return hidden_states(self.model, inputs, layout)
+        inputs, layout = pack_trees(trees, self.adapter, device=self.device)
+        return hidden_states(self.model, self.adapter, inputs, layout)
 
     def head_rows(self, ids: Sequence[int]) -> Tensor:
         """Rows of the LM head."""

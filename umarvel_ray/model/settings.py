@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from umarvel_ray.config import Config
 
@@ -10,26 +10,44 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 
 
 class ImageSettings(Config):
-    """How large an image may be, in pixels after resizing."""
+    """How large an image may be, in pixels after resizing; 28·28 pixels make one image token, with
+    Qwen3-VL 32·32."""
 
     min_pixels: PositiveInt = 4 * 28 * 28
     max_pixels: PositiveInt = 300 * 28 * 28
-    patch_size: PositiveInt = 14
-    merge_size: PositiveInt = 2
 
     @model_validator(mode="after")
-    def _one_unit_fits(self) -> Self:
-        if self.max_pixels < max(self.min_pixels, self.unit**2):
+    def _one_token_fits(self) -> Self:
+        if self.max_pixels < max(self.min_pixels, 28 * 28):
             raise ValueError(
                 f"max_pixels is {self.max_pixels}, less than min_pixels ({self.min_pixels}) "
-                f"or one image token ({self.unit**2}). Raise max_pixels."
+                f"or one image token ({28 * 28}). Raise max_pixels."
             )
         return self
 
-    @property
-    def unit(self) -> int:
-        """Pixels along one side of an image token."""
-        return self.patch_size * self.merge_size
+
+class VideoSettings(Config):
+    """Which frames of a video are read, and how large. The defaults are the authors'."""
+
+    frames_per_second: PositiveFloat = 2.0
+    min_frames: PositiveInt = 4
+    max_frames: PositiveInt = 768
+    """Frames are spread evenly over the whole video; an even number of them is read."""
+    min_pixels: PositiveInt = 128 * 28 * 28
+    """Of one frame."""
+    max_pixels: PositiveInt = 768 * 28 * 28
+    """Of one frame."""
+    total_pixels: PositiveInt = 24576 * 28 * 28
+    """Of two frames in turn, all together; long videos get smaller frames, down to `min_pixels`."""
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(
+                    f"{high} is {getattr(self, high)}, less than {low} ({getattr(self, low)}). Raise it."
+                )
+        return self
 
 
 class EncoderSettings(Config):
@@ -46,6 +64,7 @@ class EncoderSettings(Config):
     append_generation_prompt: bool = False
     """The authors' evaluation did, their training did not."""
     images: ImageSettings = ImageSettings()
+    videos: VideoSettings = VideoSettings()
     max_text_tokens: PositiveInt = 480
     """Tokens of a query (instruction included) or candidate text, cut before templating."""
 
