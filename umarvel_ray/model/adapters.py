@@ -38,6 +38,8 @@ class Qwen2VL:
     """Qwen2-VL; the others differ from it where they say so."""
 
     model_type: ClassVar[str] = "qwen2_vl"
+    processor: ClassVar[str] = "Qwen2VLProcessor"
+    """Transformers' name for what prepares its inputs."""
     normalisation: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]] = _CLIP
     num_deep: int = 0
 
@@ -120,6 +122,7 @@ class Qwen25VL(Qwen2VL):
     """Qwen2.5-VL: windows in most layers of the tower, and videos whose positions follow the clock."""
 
     model_type = "qwen2_5_vl"
+    processor = "Qwen2_5_VLProcessor"
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -153,6 +156,7 @@ class Qwen3VL(Qwen2VL):
     """Qwen3-VL: larger patches, features of inner layers of the tower, and times in words before frames."""
 
     model_type = "qwen3_vl"
+    processor = "Qwen3VLProcessor"
     normalisation = _HALF
 
     def __init__(self, config: Any) -> None:

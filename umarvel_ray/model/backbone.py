@@ -6,34 +6,52 @@ T tokens, V vision tokens, D width.
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from umarvel_ray.artifacts import write_json
 from umarvel_ray.config import ConfigT, build_config
 from umarvel_ray.errors import CheckpointError
 from umarvel_ray.model.adapters import Adapter, VisionFeatures, adapter_for
-from umarvel_ray.model.attention import PackedLayout, use_packed_attention
+from umarvel_ray.model.attention import PackedLayout, set_attention, use_packed_attention
 from umarvel_ray.model.inputs import EncoderInputs
-from umarvel_ray.model.settings import LoraSettings
+from umarvel_ray.model.lora import (
+    ADAPTER_FOLDER,
+    adapter_base,
+    is_adapter,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+)
+from umarvel_ray.model.prompts import EMBED_TOKEN, INSTRUCTION_END, INSTRUCTION_START
+from umarvel_ray.model.settings import ImageSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-
-
 HUB_PREFIX = "hf://"
+_TOKEN_IDS_OF_RELEASES = {
+    EMBED_TOKEN: "emb_token_id",
+    INSTRUCTION_START: "instruction_start_token_id",
+    INSTRUCTION_END: "instruction_end_token_id",
+}
+"""Where the config of a checkpoint of the authors names its added tokens."""
+_TEMPERATURE_OF_RELEASES = "sim.temp"
 
 
-def load_backbone(path: str, dtype: torch.dtype) -> tuple[Any, Adapter, Any]:
+def load_backbone(path: str, dtype: torch.dtype, *, base: str | None = None) -> tuple[Any, Adapter, Any]:
     """Model with LM head, in packed attention; its adapter; and its tokenizer.
 
     Args:
-        path: A Transformers folder, or `hf://OWNER/NAME` for a model of the hub, where there is a network.
+        path: A Transformers folder, `hf://OWNER/NAME` for a model of the hub where there is a network, or the
+            folder of a PEFT adapter, which is merged.
         dtype: Of the weights.
+        base: For a PEFT adapter: the checkpoint that it was trained on, in place of the one that it names.
 
     Raises:
         CheckpointError: There is no checkpoint of a known backbone.
     """
+    if is_adapter(path):
+        return _load_adapted(path, dtype, base=base)
     if path.startswith(HUB_PREFIX):
         # The hub library reads this once, when it is first imported.
         os.environ["HF_HUB_OFFLINE"] = "0"
@@ -46,34 +64,89 @@ def load_backbone(path: str, dtype: torch.dtype) -> tuple[Any, Adapter, Any]:
 
     try:
         config = AutoConfig.from_pretrained(path)
+        adapter = adapter_for(config, path)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(
             f"{path}: cannot be loaded ({str(error).splitlines()[0]}). Check the path."
         ) from None
-    adapter = adapter_for(config, path)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     use_packed_attention(model)
-    return model, adapter, AutoTokenizer.from_pretrained(path)
+    _take_chat_template(tokenizer, path)
+    return model, adapter, tokenizer
 
 
-def add_tokens(model: Any, tokenizer: Any, tokens: tuple[str, ...]) -> None:
-    """Give the model the tokens that it lacks; a new row is the mean of the table, so the same everywhere."""
-    missing = [
-        token for token in tokens if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id)
-    ]
-    if not missing:
-        return
-    tokenizer.add_tokens(missing, special_tokens=True)
+def _load_adapted(path: str, dtype: torch.dtype, *, base: str | None) -> tuple[Any, Adapter, Any]:
+    base = base or adapter_base(path)
+    if not base.startswith(HUB_PREFIX) and not Path(base).exists():
+        raise CheckpointError(
+            f"{path}: an adapter trained on {base or 'a model that it does not name'}, which is not "
+            f"here. Say where that is: base=FOLDER, or base={HUB_PREFIX}OWNER/NAME."
+        )
+    model, adapter, tokenizer = load_backbone(base, dtype)
+    if (Path(path) / "tokenizer_config.json").exists():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    return merge_lora(load_adapter(model, path)), adapter, tokenizer
+
+
+def _take_chat_template(tokenizer: Any, path: str) -> None:
+    """Some checkpoints keep the template in a file of their processor's."""
+    file = Path(path) / "chat_template.json"
+    if not tokenizer.chat_template and file.exists():
+        tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+
+
+def add_tokens(model: Any, tokenizer: Any, tokens: tuple[str, ...], *, path: str) -> None:
+    """Give tokenizer and model the tokens that they lack; a new row is the mean of the table, so the same
+    everywhere. Rows that a checkpoint has for them stay.
+
+    Raises:
+        CheckpointError: The config names other ids for them than the tokenizer.
+    """
+    known = {token for token in tokens if _id_of(tokenizer, token) is not None}
+    tokenizer.add_tokens([token for token in tokens if token not in known], special_tokens=True)
     table = model.get_input_embeddings().weight
+    fresh = []
+    for token in tokens:
+        number = tokenizer.convert_tokens_to_ids(token)
+        named = getattr(model.config, _TOKEN_IDS_OF_RELEASES.get(token, ""), None)
+        if named not in (None, number):
+            raise CheckpointError(
+                f"{path}: config.json has {token} as token {named}, the tokenizer has it as {number}. "
+                "Use the tokenizer that the checkpoint was trained with."
+            )
+        if number >= len(table) or (token not in known and named is None):
+            fresh.append(number)
+    if not fresh:
+        return
     mean_D = table.detach().float().mean(0)
-    ids = tokenizer.convert_tokens_to_ids(missing)
-    if max(ids) >= len(table):
-        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    if max(fresh) >= len(table):
+        model.resize_token_embeddings(max(fresh) + 1, mean_resizing=False)
     with torch.no_grad():
-        model.get_input_embeddings().weight[ids] = mean_D.to(table.dtype)
+        model.get_input_embeddings().weight[fresh] = mean_D.to(table.dtype)
         head = model.get_output_embeddings()
         if head is not None and head.weight is not model.get_input_embeddings().weight:
-            head.weight[ids] = head.weight[: min(ids)].float().mean(0).to(head.weight.dtype)
+            head.weight[fresh] = head.weight[: min(fresh)].float().mean(0).to(head.weight.dtype)
+
+
+def _id_of(tokenizer: Any, token: str) -> int | None:
+    number = tokenizer.convert_tokens_to_ids(token)
+    return None if number == tokenizer.unk_token_id else number
+
+
+def released_temperature(path: str) -> float | None:
+    """The temperature that a checkpoint of the authors carries among its weights, if it does."""
+    from safetensors import safe_open
+
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            if _TEMPERATURE_OF_RELEASES in weights.keys():  # noqa: SIM118  (no mapping, only a method)
+                return float(weights.get_tensor(_TEMPERATURE_OF_RELEASES).float().reshape(-1)[0])
+    return None
 
 
 def hidden_states(
@@ -118,45 +191,44 @@ def core_of(model: Any) -> Any:
     return model.get_base_model().model if hasattr(model, "get_base_model") else model.model
 
 
-def set_trainable(model: Any, trainable: Literal["lora", "full"], lora: LoraSettings) -> Any:
-    """Freeze and unfreeze: `lora` wraps the decoder's linear layers; `full` trains every parameter.
+def save_backbone(
+    model: Any, adapter: Adapter, tokenizer: Any, images: ImageSettings, *, source: str, folder: Path
+) -> Any:
+    """Write a standard Transformers folder: weights, config, tokenizer, and settings of the image processor.
+
+    Adapters are merged; what was merged lies in `folder/adapter` in PEFT's format.
+
+    Args:
+        model: From `load_backbone`, adapters attached or not.
+        adapter: The backbone's.
+        tokenizer: With the added tokens.
+        images: What stock processors shall keep to as well.
+        source: The checkpoint that the adapters were trained on.
+        folder: Where to.
 
     Returns:
-        The model to train: wrapped by PEFT for `lora`.
+        The merged model.
     """
-    if trainable == "full":
-        return model.requires_grad_(True)
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        bias="none",
-        target_modules=_DECODER_LINEARS,
-    )
-    return get_peft_model(model, config)
-
-
-def merge_lora(model: Any) -> Any:
-    """Fold adapters into their layers, in float32, and drop the wrapping; a model without any stays."""
-    if not hasattr(model, "merge_and_unload"):
-        return model
-    dtypes = {name: parameter.dtype for name, parameter in model.get_base_model().named_parameters()}
-    merged = model.float().merge_and_unload()
-    for name, parameter in merged.named_parameters():
-        parameter.data = parameter.data.to(dtypes.get(name, torch.float32))
-        parameter.requires_grad_(False)
-    return merged
-
-
-def save_backbone(model: Any, tokenizer: Any, source: str, folder: Path) -> None:
-    """Write a standard Transformers folder: weights, config, tokenizer, and `source`'s image processor."""
+    if hasattr(model, "peft_config"):
+        save_adapter(model, source, folder / ADAPTER_FOLDER)
+    model = merge_lora(model)
+    set_attention(model, "sdpa")  # what others find in the config is a name they know
     model.save_pretrained(folder)
+    use_packed_attention(model)
     tokenizer.save_pretrained(folder)
-    processor = Path(source) / "preprocessor_config.json"
-    if processor.exists():
-        (folder / processor.name).write_text(processor.read_text(encoding="utf-8"), encoding="utf-8")
+    mean, deviation = adapter.normalisation
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": adapter.processor,
+        "patch_size": adapter.patch_size,
+        "temporal_patch_size": adapter.temporal,
+        "merge_size": adapter.merge_size,
+        "image_mean": mean,
+        "image_std": deviation,
+        "size": {"shortest_edge": images.min_pixels, "longest_edge": images.max_pixels},
+    }
+    write_json(folder / "preprocessor_config.json", processor)
+    return model
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from umarvel_ray.artifacts import write_json
 from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.model.adapters import Adapter
-from umarvel_ray.model.attention import PackedLayout
+from umarvel_ray.model.attention import PackedLayout, log_kernel
 from umarvel_ray.model.backbone import (
     DTYPES,
     add_tokens,
     hidden_states,
     load_backbone,
-    merge_lora,
     read_settings_file,
+    released_temperature,
     resolve_settings,
     save_backbone,
-    set_trainable,
 )
 from umarvel_ray.model.inputs import EncoderInputs, InputBuilder, Item, micro_batches
+from umarvel_ray.model.lora import set_trainable
 from umarvel_ray.model.pooling import mean_pool
 from umarvel_ray.model.prompts import ADDED_TOKENS
 from umarvel_ray.model.settings import DtypeName, EncoderSettings, LoraSettings
@@ -69,14 +69,18 @@ class Encoder(nn.Module):
         path: str | Path,
         *,
         settings: EncoderSettings | None = None,
+        base: str | None = None,
         device: str | torch.device = "cpu",
         dtype: DtypeName = "float32",
     ) -> "Encoder":
-        """Load a stock backbone or a checkpoint of ours.
+        """Load a stock backbone, a checkpoint of ours, one that the authors released, or a PEFT adapter.
 
         Args:
-            path: A Transformers folder, or `hf://OWNER/NAME`.
-            settings: For a stock backbone. A checkpoint brings its own, and refuses others.
+            path: A Transformers folder, `hf://OWNER/NAME`, or a folder with an adapter.
+            settings: For what brings none. A checkpoint of ours brings its own, and refuses others.
+            base: For an adapter: the checkpoint that it was trained on, where it names none that is here.
+            device: Where to compute.
+            dtype: Of the weights.
 
         Raises:
             CheckpointError: Nothing loadable there, or it was made with other settings than `settings`.
@@ -84,16 +88,17 @@ class Encoder(nn.Module):
         path = str(path)
         stored = read_settings_file(Path(path) / SETTINGS_FILE)
         settings = resolve_settings(stored, settings, EncoderSettings, path=path)
-        model, adapter, tokenizer = load_backbone(path, DTYPES[dtype])
-        add_tokens(model, tokenizer, ADDED_TOKENS)
+        model, adapter, tokenizer = load_backbone(path, DTYPES[dtype], base=base)
+        add_tokens(model, tokenizer, ADDED_TOKENS, path=path)
         encoder = cls(
             model,
             adapter,
             tokenizer,
             settings,
-            temperature=stored.get("temperature", INITIAL_TEMPERATURE),
+            temperature=stored.get("temperature") or released_temperature(path) or INITIAL_TEMPERATURE,
             source=path,
         )
+        log_kernel(torch.device(device), DTYPES[dtype])
         return encoder.requires_grad_(False).eval().to(device)
 
     @property
@@ -152,9 +157,18 @@ class Encoder(nn.Module):
         self.temperature.requires_grad_(learn_temperature)
 
     def save(self, folder: Path) -> None:
-        """Write a standard Transformers folder, adapters merged, and `embedding.json` beside the weights."""
-        self.model = merge_lora(self.model)
-        save_backbone(self.model, self._tokenizer, self.source, folder)
+        """Write a standard Transformers folder, adapters merged, and `embedding.json` beside the weights.
+
+        What was merged lies in `folder/adapter` too, in PEFT's format.
+        """
+        self.model = save_backbone(
+            self.model,
+            self.adapter,
+            self._tokenizer,
+            self.settings.images,
+            source=self.source,
+            folder=folder,
+        )
         write_json(
             folder / SETTINGS_FILE,
             {"settings": self.settings.model_dump(), "temperature": self.temperature.item()},

@@ -24,14 +24,13 @@ from umarvel_ray.model.backbone import (
     DTYPES,
     hidden_states,
     load_backbone,
-    merge_lora,
     read_settings_file,
     resolve_settings,
     save_backbone,
-    set_trainable,
 )
 from umarvel_ray.model.images import Grid
 from umarvel_ray.model.inputs import EncoderInputs, micro_batches
+from umarvel_ray.model.lora import set_trainable
 from umarvel_ray.model.prompts import ChatTemplate, clean
 from umarvel_ray.model.settings import RERANKER_PROMPTS, DtypeName, LoraSettings, RerankerSettings
 from umarvel_ray.model.visuals import Visual, VisualReader, mrope_positions, pack_visuals
@@ -302,6 +301,12 @@ class Reranker(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write a standard Transformers folder, adapters merged, and `reranker.json` beside the weights."""
-        self.model = merge_lora(self.model)
-        save_backbone(self.model, self._tokenizer, self.source, folder)
+        self.model = save_backbone(
+            self.model,
+            self.adapter,
+            self._tokenizer,
+            self.settings.images,
+            source=self.source,
+            folder=folder,
+        )
         write_json(folder / SETTINGS_FILE, {"settings": self.settings.model_dump()})
