@@ -22,6 +22,7 @@ from umarvel_ray.data.mbeir import (
     Task,
     local_pool_name,
 )
+from umarvel_ray.data.own import RecordSource
 from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.errors import ConfigError, DataError
 
@@ -162,7 +163,7 @@ class PoolSource:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
-Source = QuerySource | PoolSource
+Source = QuerySource | PoolSource | RecordSource
 
 
 def training_tasks(mbeir: Mbeir) -> tuple[Task, ...]:

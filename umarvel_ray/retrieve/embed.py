@@ -1,6 +1,7 @@
 """Records → embedding shards: what is still missing, and one shard of it."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +10,8 @@ from umarvel_ray.artifacts import fingerprint, read_json
 from umarvel_ray.data.mbeir import Mbeir
 from umarvel_ray.data.records import Query
 from umarvel_ray.data.sources import Source, chosen_tasks, pool_sources, query_source
-from umarvel_ray.model.encoder import SETTINGS_FILE, Encoder
+from umarvel_ray.model.encoder import SETTINGS_FILE
+from umarvel_ray.model.systems import Embedder, OurSystem, load_embedder
 from umarvel_ray.retrieve.settings import EmbedConfig
 from umarvel_ray.retrieve.store import ShardRange, finish_store, finished_shards, plan_shards, write_shard
 
@@ -41,7 +43,8 @@ def embedding_sources(config: EmbedConfig) -> list[Source]:
 
 def content_settings(config: EmbedConfig, source: Source) -> dict[str, Any]:
     """Everything that decides a store's content."""
-    return {
+    model = {} if config.model == OurSystem() else {"model": config.model.model_dump(mode="json")}
+    return model | {
         "checkpoint": checkpoint_fingerprint(config.checkpoint),
         "source": source.fingerprint,
         "name": source.name,
@@ -54,8 +57,11 @@ def content_settings(config: EmbedConfig, source: Source) -> dict[str, Any]:
 def checkpoint_fingerprint(path: str) -> str:
     """Names a checkpoint by its settings and the size and head of its weights, without reading gigabytes."""
     folder = Path(path)
-    parts: list[Any] = [read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).exists() else path]
-    for file in sorted(folder.glob("*.safetensors")):
+    settings = next(
+        (folder / name for name in (SETTINGS_FILE, "config.json") if (folder / name).exists()), None
+    )
+    parts: list[Any] = [read_json(settings) if settings else path]
+    for file in sorted(folder.rglob("*.safetensors")):  # Sentence Transformers keeps modules in folders
         with open(file, "rb") as handle:
             head = handle.read(1 << 20)
             handle.seek(max(0, file.stat().st_size - (1 << 20)))
@@ -63,10 +69,15 @@ def checkpoint_fingerprint(path: str) -> str:
     return fingerprint(parts)
 
 
-def missing_shards(config: EmbedConfig) -> tuple[list[ShardTask], int]:
-    """Shards still to be written, dearest sources first, and how many rows are done already."""
+def missing_shards(
+    config: EmbedConfig, sources: Sequence[Source] | None = None
+) -> tuple[list[ShardTask], int]:
+    """Shards still to be written, dearest sources first, and how many rows are done already.
+
+    `sources` are embedded in place of those that the settings name.
+    """
     tasks, rows_done = [], 0
-    for source in embedding_sources(config):
+    for source in embedding_sources(config) if sources is None else sources:
         folder = Path(config.output) / source.name
         plan = plan_shards(len(source), config.rows_per_shard)
         name = fingerprint(content_settings(config, source))
@@ -79,7 +90,7 @@ def missing_shards(config: EmbedConfig) -> tuple[list[ShardTask], int]:
     return tasks, rows_done
 
 
-def embed_shard(encoder: Encoder, task: ShardTask) -> dict[str, Any]:
+def embed_shard(encoder: Embedder, task: ShardTask) -> dict[str, Any]:
     """Write one shard; the same task gives the same file.
 
     Returns:
@@ -98,9 +109,9 @@ def embed_shard(encoder: Encoder, task: ShardTask) -> dict[str, Any]:
     }
 
 
-def finish_stores(config: EmbedConfig) -> None:
-    """Write each store's manifest, once all its shards are there."""
-    for source in embedding_sources(config):
+def finish_stores(config: EmbedConfig, sources: Sequence[Source] | None = None) -> None:
+    """Write each store's manifest, once all its shards are there; `sources` as in `missing_shards`."""
+    for source in embedding_sources(config) if sources is None else sources:
         settings = content_settings(config, source)
         folder = Path(config.output) / source.name
         finish_store(
@@ -112,13 +123,15 @@ def finish_stores(config: EmbedConfig) -> None:
 
 
 class EmbeddingWorker:
-    """One encoder; writes one embedding shard a call."""
+    """One model; writes one embedding shard a call."""
 
     def __init__(self, config: EmbedConfig) -> None:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._encoder = Encoder.load(config.checkpoint, device=device, dtype=config.compute_dtype)
+        self._encoder = load_embedder(
+            config.checkpoint, config.model, device=device, dtype=config.compute_dtype
+        )
 
     def __call__(self, task: ShardTask) -> dict[str, Any]:
         """See `embed_shard`."""

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from umarvel_ray.config import Config, PathSetting
 from umarvel_ray.data.sources import InstructionChoice
 from umarvel_ray.model.settings import DtypeName
+from umarvel_ray.model.systems import OurSystem, System
 
 Split = Literal["train", "val", "test"]
 Scope = Literal["local", "global"]
@@ -22,6 +23,8 @@ class EmbedConfig(Config):
     """Settings of one embedding job."""
 
     checkpoint: PathSetting
+    model: System = OurSystem()
+    """Whose model it is, and how it embeds what it was not made for."""
     output: PathSetting
     root: PathSetting
     """M-BEIR's."""

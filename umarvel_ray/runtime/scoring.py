@@ -1,0 +1,254 @@
+"""All tasks of a benchmark in one pass over its pools: a segment of a pool meets every query that wants it.
+
+A finished segment is one file with the best candidates of those queries; local, pair and global runs are
+merges of segments, so one product serves all of them, and a killed scoring does only the segments that are
+missing. Results are those of a search per task and pool.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from umarvel_ray.artifacts import atomic_write, fingerprint
+from umarvel_ray.data.trec import Run
+from umarvel_ray.errors import ShardError
+from umarvel_ray.retrieve.store import EmbeddingPool, EmbeddingStore
+from umarvel_ray.runtime.cluster import RuntimeSettings
+from umarvel_ray.runtime.pool import run_actors
+
+SEGMENT_ROWS = 262_144
+"""Candidates per segment: what a kill can cost one actor."""
+_CANDIDATE_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One run.
+
+    Attributes:
+        queries: Name of its query store.
+        pools: Names of the stores that, laid end to end, are its pool.
+        output: The run file.
+    """
+
+    queries: str
+    pools: tuple[str, ...]
+    output: Path
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Rows of one pool, and the query stores that are scored against them."""
+
+    pool: Path
+    start: int
+    stop: int
+    queries: tuple[Path, ...]
+    k: int
+    part: Path
+
+
+@dataclass(frozen=True)
+class ScoringPlan:
+    """What a scoring will do, known before it starts.
+
+    Attributes:
+        num_queries, num_candidates: Of all tasks and pools.
+        segments: Units of work.
+        products: Inner products in all.
+        flops: Floating-point operations of those.
+        pool_bytes: Read from the pools' files, once.
+        query_bytes: Held by each actor while it works.
+        scratch_bytes: On disk until the runs are merged.
+    """
+
+    num_queries: int
+    num_candidates: int
+    segments: tuple[_Segment, ...]
+    products: int
+    flops: int
+    pool_bytes: int
+    query_bytes: int
+    scratch_bytes: int
+
+    def line(self) -> str:
+        """The plan in one line."""
+        return (
+            f"{self.num_queries:,} queries × {self.num_candidates:,} candidates in {len(self.segments)} "
+            f"segments, one "
+            f"pass: {self.flops / 1e12:,.1f} TFLOP, {self.pool_bytes / 2**30:,.1f} GiB read, "
+            f"{self.query_bytes / 2**30:,.1f} GiB of queries per actor, {self.scratch_bytes / 2**30:,.1f} "
+            f"GiB of scratch"
+        )
+
+
+def plan_scoring(
+    embeddings: Path, wanted: Sequence[Wanted], *, k: int, scratch: Path, segment_rows: int = SEGMENT_ROWS
+) -> ScoringPlan:
+    """Cut the pools into segments and count the work.
+
+    Args:
+        embeddings: Folder of the stores.
+        wanted: The runs; those whose file stands are passed over.
+        k: Hits kept per query.
+        scratch: Folder of the finished segments.
+        segment_rows: Candidates per segment.
+
+    Raises:
+        ShardError: A store is incomplete, or widths differ.
+    """
+    missing = [run for run in wanted if not run.output.exists()]
+    askers: dict[str, dict[str, None]] = {}
+    for run in missing:
+        for pool in run.pools:
+            askers.setdefault(pool, {})[run.queries] = None
+    queries = {name: EmbeddingStore.open(embeddings / name) for run in missing for name in (run.queries,)}
+    dim = next((store.dim for store in queries.values()), None)
+    pools = {name: EmbeddingStore.open(embeddings / name, dim=dim) for name in askers}
+    for name, store in queries.items():
+        if store.dim != dim:
+            raise ShardError(
+                f"{embeddings / name}: vectors of width {store.dim}, others have {dim}. Embed all with one "
+                f"checkpoint."
+            )
+    segments, products, pool_bytes, scratch_bytes = [], 0, 0, 0
+    for name, store in pools.items():
+        asked = tuple(askers[name])
+        num_asked = sum(len(queries[query]) for query in asked)
+        # Named by all that decides its content: a segment of other vectors is never taken for ours.
+        key = fingerprint(
+            [store.fingerprint, [queries[query].fingerprint for query in asked], k, segment_rows]
+        )
+        for start in range(0, len(store), segment_rows):
+            stop = min(start + segment_rows, len(store))
+            segments.append(
+                _Segment(
+                    pool=embeddings / name,
+                    start=start,
+                    stop=stop,
+                    queries=tuple(embeddings / query for query in asked),
+                    k=k,
+                    part=scratch / f"{name.replace('/', '.')}.{key}.{start:010d}.npz",
+                )
+            )
+            products += num_asked * (stop - start)
+            scratch_bytes += num_asked * min(k, stop - start) * 12
+        pool_bytes += len(store) * store.dim * (4 if store.dtype == "float32" else 2)
+    return ScoringPlan(
+        num_queries=sum(map(len, queries.values())),
+        num_candidates=sum(map(len, pools.values())),
+        segments=tuple(segments),
+        products=products,
+        flops=2 * products * (dim or 0),
+        pool_bytes=pool_bytes,
+        query_bytes=sum(map(len, queries.values())) * (dim or 0) * 4,
+        scratch_bytes=scratch_bytes,
+    )
+
+
+def score_all(
+    embeddings: Path,
+    wanted: Sequence[Wanted],
+    runtime: RuntimeSettings,
+    *,
+    k: int,
+    scratch: Path,
+    segment_rows: int = SEGMENT_ROWS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ScoringPlan:
+    """Write every wanted run; segments found on disk are kept.
+
+    Args as `plan_scoring`; `progress` is called with (products done, all).
+    """
+    plan = plan_scoring(embeddings, wanted, k=k, scratch=scratch, segment_rows=segment_rows)
+    missing = [segment for segment in plan.segments if not segment.part.exists()]
+    # The last small segment should not keep one actor waiting for a large one.
+    missing.sort(key=lambda segment: segment.start - segment.stop)
+    sizes = {str(segment.part): segment.stop - segment.start for segment in plan.segments}
+    total = sum(sizes.values())
+    done = total - sum(sizes[str(segment.part)] for segment in missing)
+    progress(done, total)
+    for answer in run_actors(missing, partial(ScoringWorker), runtime):
+        done += answer["rows"]
+        progress(done, total)
+    of_pool: dict[Path, list[_Segment]] = {}
+    for segment in plan.segments:
+        of_pool.setdefault(segment.pool, []).append(segment)
+    for run in wanted:
+        if not run.output.exists():
+            _merge(embeddings, run, of_pool, k)
+    for segment in plan.segments:
+        segment.part.unlink(missing_ok=True)
+    if scratch.is_dir() and not any(scratch.iterdir()):
+        scratch.rmdir()
+    return plan
+
+
+class ScoringWorker:
+    """Holds the queries of the segment before, which the next one mostly shares; scores one segment a
+    call."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._held: tuple[tuple[Path, ...], Any] = ((), None)
+
+    def __call__(self, segment: _Segment) -> dict[str, Any]:
+        """Write the segment's best candidates: rows of its pool, and scores."""
+        from umarvel_ray.retrieve.search import top_k
+
+        if self._held[0] != segment.queries:
+            self._held = ((), None)
+            stores = [EmbeddingStore.open(path) for path in segment.queries]
+            self._held = (segment.queries, np.concatenate([store.vectors(0, len(store)) for store in stores]))
+        pool = EmbeddingPool([segment.pool])
+        best = top_k(
+            self._held[1],
+            pool.blocks(_CANDIDATE_ROWS, start=segment.start, stop=segment.stop),
+            segment.k,
+            first_row=segment.start,
+            device=self._device,
+        )
+        with atomic_write(segment.part, "wb") as file:
+            np.savez(file, rows=best.rows_QK.astype(np.int32), scores=best.scores_QK)
+        return {"rows": segment.stop - segment.start}
+
+
+def _merge(embeddings: Path, run: Wanted, of_pool: Mapping[Path, Sequence[_Segment]], k: int) -> None:
+    """The run of one query store over its pools, from their segments."""
+    import pyarrow as pa
+
+    from umarvel_ray.retrieve.search import TopK, merge_top_k
+
+    pool = EmbeddingPool([embeddings / name for name in run.pools])
+    queries = EmbeddingStore.open(embeddings / run.queries)
+    best: TopK | None = None
+    first_row = 0
+    for store in pool.stores:
+        for segment in of_pool[store.folder]:
+            before = segment.queries[: segment.queries.index(queries.folder)]
+            start = sum(len(EmbeddingStore.open(path)) for path in before)
+            with np.load(segment.part) as part:
+                mine = slice(start, start + len(queries))
+                found = TopK(part["scores"][mine], part["rows"][mine].astype(np.int64) + first_row)
+            best = found if best is None else merge_top_k([best, found], k)
+        first_row += len(store)
+    assert best is not None
+    num_queries, num_hits = best.rows_QK.shape
+    dids = pool.ids.take(pa.array(best.rows_QK.reshape(-1))).cast(pa.string())
+    offsets = np.arange(num_queries + 1, dtype=np.int32) * num_hits
+    scores = pa.array(np.ascontiguousarray(best.scores_QK).reshape(-1))
+    Run.from_table(
+        pa.table(
+            {
+                "qid": queries.ids,
+                "did": pa.ListArray.from_arrays(pa.array(offsets), dids),
+                "score": pa.ListArray.from_arrays(pa.array(offsets), scores),
+            }
+        )
+    ).write(run.output)
