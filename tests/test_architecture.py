@@ -26,10 +26,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "retrieve": BASE | {"data", "model"},
     "runtime": BASE | {"data", "model", "train", "retrieve"},
     "pipeline": BASE | {"data", "model", "train", "retrieve", "evaluate", "runtime"},
+    "plan": BASE | {"data", "model", "train", "retrieve", "pipeline"},
     "demo": BASE | {"data"},
     "bench": BASE | {"data", "model", "train", "retrieve", "evaluate", "runtime", "pipeline", "demo"},
     "cli": BASE
-    | {"data", "model", "train", "retrieve", "evaluate", "runtime", "pipeline", "demo", "bench", PACKAGE},
+    | {"data", "model", "train", "retrieve", "evaluate", "runtime", "pipeline"}
+    | {"plan", "demo", "bench", PACKAGE},
     # The package's own __init__ names what users import.
     PACKAGE: {"data", "model"},
 }

@@ -79,6 +79,33 @@ def check(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="How many; by default what `runtime` says.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="h200, h100, a100 or cpu.")] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Of the GPU's peak that a model reaches, 0 to 1.")
+    ] = None,
+    image_tokens: Annotated[float, typer.Option(help="Of an image, where the data is not here.")] = 117,
+    rates: Annotated[
+        list[Path] | None,
+        typer.Option(help="Output of an earlier run to take measured rates from; its own by default."),
+    ] = None,
+) -> None:
+    """Work, memory and time of every job before it runs, what holds it up, and how it grows with the pool."""
+    from umarvel_ray.pipeline.run import load_run
+    from umarvel_ray.plan.make import Request, finished_outputs, make_plan
+    from umarvel_ray.plan.show import print_plan
+
+    settings = load_run(config, overrides or [])
+    # A run on other machines says nothing about the ones that were asked for, unless the user says it does.
+    learn_from = tuple(rates or ()) or (() if gpu else finished_outputs([Path(settings.output)]))
+    request = Request(gpus=gpus, gpu=gpu, share=share, image_tokens=image_tokens, rates_from=learn_from)
+    print_plan(make_plan(settings, request), _view())
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where world, checkpoints and report go.")] = Path("demo"),
     overrides: Overrides = None,
