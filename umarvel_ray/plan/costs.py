@@ -1,7 +1,7 @@
-"""What one record costs a model, from the shapes of its layers. FLOP counts a multiplication and an addition as two.
+"""What one record costs a model, from the shapes of its layers.
 
-Source of the formulas: the matrix products of a Qwen2-VL layer and of its vision tower, written out; nothing
-else in them counts at these sizes.
+A FLOP is a multiplication or an addition. Source of the formulas: the matrix products of a Qwen2-VL layer and
+of its vision tower, written out; nothing else in them counts at these sizes.
 """
 
 import json
@@ -95,7 +95,7 @@ _KNOWN = (QWEN2_VL_2B, QWEN2_VL_7B)
 
 
 def shape_of(backbone: str) -> ModelShape:
-    """Sizes of the backbone in a Transformers folder; of a released one by its name where the folder is not here.
+    """Sizes of the backbone in a Transformers folder; of a released one by name where the folder is not here.
 
     Raises:
         CheckpointError: Neither the folder nor the name is known.
@@ -116,7 +116,7 @@ def _read_shape(config: dict[str, Any], *, name: str) -> ModelShape:
     text = config.get("text_config") or config
     vision = config.get("vision_config") or {}
     heads = text["num_attention_heads"]
-    # Qwen2-VL calls the tower's width `embed_dim` and the decoder's `hidden_size`; later towers say `hidden_size`.
+    # Qwen2-VL calls the tower's width `embed_dim` and keeps `hidden_size` for the decoder's; later do not.
     width = vision.get("embed_dim") or vision.get("hidden_size", 1280)
     return ModelShape(
         name=name,

@@ -100,7 +100,5 @@ def _estimate(work: Work, machine: Machine, crew: Crew, rate: Rate | None) -> Es
         bottleneck=bottleneck,
         memory_bytes=memory,
         measured=measured,
-        short_of=max(0.0, memory - machine.memory_bytes)
-        if work.kind in ("train", "embed", "rerank")
-        else 0.0,
+        short_of=max(0.0, memory - machine.memory_bytes) if "compute" in parts else 0.0,
     )

@@ -1,4 +1,4 @@
-"""How many records there are and how long they are: measured on a sample of the data, or M-BEIR's published counts."""
+"""How many records there are and how long: by a sample of the data, or M-BEIR's published counts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -222,8 +222,6 @@ def token_counter(backbone: str) -> Callable[[str], int]:
     return lambda text: max(1, round(len(text) / _CHARACTERS_PER_TOKEN))
 
 
-# ---- M-BEIR where it is not here -----------------------------------------------------------------------------
-
 _MBEIR: dict[str, tuple[float, float, float, float, int, int, int, int]] = {
     "visualnews_task0": (99e3, 20e3, 20e3, 542e3, 45, 0, 0, 1),
     "mscoco_task0": (100e3, 24.8e3, 24.8e3, 5e3, 35, 0, 0, 1),
@@ -242,8 +240,8 @@ _MBEIR: dict[str, tuple[float, float, float, float, int, int, int, int]] = {
     "oven_task8": (157e3, 14.7e3, 14.7e3, 335e3, 40, 1, 130, 1),
     "infoseek_task8": (143e3, 17.6e3, 17.6e3, 481e3, 42, 1, 130, 1),
 }
-"""Task → queries of train, val and test and pool (Table 10 of arXiv:2507.14902); tokens of a query's text and its
-images, the same of a candidate. Lengths are assumptions, nobody measured them; counts are the paper's."""
+"""Task → queries of train, val and test and pool (Table 10 of arXiv:2507.14902); tokens of a query's text and
+its images, the same of a candidate. Counts are the paper's; lengths are assumptions, nobody measured them."""
 TRAINING_QUERIES = 1.33e6
 """Lines of M-BEIR's union of training queries: small data sets stand in it more than once."""
 TRAINING_POOL = 1.93e6

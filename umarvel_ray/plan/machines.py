@@ -69,8 +69,8 @@ MACHINES: dict[str, Machine] = {
         start_s=12.0,
     ),
 }
-"""Peaks are what a large product was measured to reach on an H200 (790 of 989 TFLOP/s); an A100's is the same share
-of its data sheet. Only the H200's is a measurement, of others; none was timed with this program."""
+"""790 of an H200's 989 TFLOP/s are what a large product was measured to reach, outside this project; an
+A100's peak is about that share of its data sheet. Nothing but the two cores was timed with this program."""
 
 
 def machine_named(name: str) -> Machine:

@@ -1,4 +1,4 @@
-"""From a run's settings to its plan: work, rates of earlier runs, times, and what ten times the pool would take."""
+"""From a run's settings to its plan: work, rates of earlier runs, times, and how they grow."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

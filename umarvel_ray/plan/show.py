@@ -55,16 +55,17 @@ def _print_assumptions(plan: Plan, view: View) -> None:
     lengths = "a sample of the data" if world.measured else "M-BEIR's published counts, assumed lengths"
     view.line(f"records and lengths: {lengths}; {plan.shape.name}, {plan.shape.params / 1e9:,.2f} B weights")
     view.line(
-        f"assumed of each {machine.name}: {machine.model_share:.0%} of {machine.peak_flops / 1e12:,.4g} TFLOP/s "
-        f"in a model and {machine.product_share:.0%} in a search, {human_bytes(machine.network_bytes_per_s)}/s "
-        f"of network; of a node {human_bytes(machine.storage_bytes_per_s)}/s of storage"
+        f"assumed of each {machine.name}: {machine.model_share:.0%} of {machine.peak_flops / 1e12:,.4g} "
+        f"TFLOP/s in a model and {machine.product_share:.0%} in a search, "
+        f"{human_bytes(machine.network_bytes_per_s)}/s of network; "
+        f"of a node {human_bytes(machine.storage_bytes_per_s)}/s of storage"
     )
     for kind, rate in sorted(plan.rates.items()):
         unit = "FLOP" if kind in ("train", "embed", "search", "rerank") else "hits"
         speed = "any number of" if rate.per_s == float("inf") else f"{rate.per_s:.3g}"
         view.line(
-            f"measured of {kind}, {rate.jobs} jobs: {rate.start_s:.1f} s to start, {speed} {unit}/s a worker; "
-            f"at worst {plan.rates_off[kind]:.2f} times off"
+            f"measured of {kind}, {rate.jobs} jobs: {rate.start_s:.1f} s to start, {speed} {unit}/s a "
+            f"worker; at worst {plan.rates_off[kind]:.2f} times off"
         )
     if not plan.rates:
         view.line("no earlier run was measured: times follow from the assumptions (--rates OUTPUT takes one)")

@@ -18,8 +18,8 @@ _ANSWER_TOKENS = 5
 _STATE_BYTES = 16
 """Per trained weight: float32 weight, gradient, and AdamW's two."""
 ACTIVATION_BYTES = 4.8e6
-"""Per token of a chunk that is trained without recomputation, at the shapes of Qwen2-VL-7B; others by their size.
-An estimate: nobody has measured it yet."""
+"""Per token of a chunk trained without recomputation, at the shapes of Qwen2-VL-7B; others by their size. An
+estimate: nobody has measured it yet."""
 _VECTOR_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -127,8 +127,6 @@ class _Reckoner:
             work = Work(job.name, job.title, "report", "report", 1, "page")
         return work
 
-    # ---- training -------------------------------------------------------------------------------------------
-
     def _train(self, job: Job, config: StageConfig) -> Work:
         settings, shape, crew = config.train, self._shape, self._crew
         query, candidate, others, rows = self._training_items(config)
@@ -191,8 +189,6 @@ class _Reckoner:
         if config.model == "reranker":
             return query, candidate, stages.reranker.mining.num_negatives, rows
         return query, candidate, data.num_negatives or 0, rows
-
-    # ---- embedding, search, scoring -------------------------------------------------------------------------
 
     def _embed(self, job: Job, config: EmbedConfig) -> Work:
         sets = [items for (split, _), items in self._world.queries.items() if split in config.splits]
