@@ -79,6 +79,51 @@ def check(
 
 
 @app.command()
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's job server.")
+    ] = "http://localhost:8265",
+    job: Annotated[str, typer.Option(help="A single job of that kind instead of a whole run.")] = "run",
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for its end.")] = False,
+    attach: Annotated[bool, typer.Option(help="Follow the run if it is on already, or refuse.")] = True,
+) -> None:
+    """Hand a run to a cluster: packs program and settings, shows its lines, ends with its exit code."""
+    from umarvel_ray.pipeline.run import load_job, load_run
+    from umarvel_ray.pipeline.submit import submit
+
+    if job == "run":
+        settings: Any = load_run(config, overrides or [])
+        runtime = settings.runtime
+    else:
+        settings, runtime = load_job(_known_job(job), config, overrides or [])
+    code = submit(job, settings, runtime, _view(), address=address, detach=detach, attach=attach)
+    if code:
+        raise SystemExit(code)
+
+
+@app.command()
+def status(
+    output: Annotated[str, typer.Argument(help="Output of a run or job, or its settings file.")],
+    overrides: Overrides = None,
+    watch: Annotated[float, typer.Option(help="Print again every so many seconds, until it ends.")] = 0,
+) -> None:
+    """How a run stands, from its files alone: jobs, rates and time left, while it runs or after."""
+    import time
+
+    from umarvel_ray.pipeline.status import output_of, print_status, status_of
+
+    folder = output_of(output, overrides or [])
+    while True:
+        found = status_of(folder)
+        print_status(found, _view())
+        if not watch or all(job.state == "finished" for job in found.jobs):
+            return
+        time.sleep(watch)
+
+
+@app.command()
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -164,6 +209,15 @@ def run_job(kind: str, config: Path, overrides: list[str], *, dry_run: bool = Fa
     perform(kind, settings, runtime, view)
     if kind == "evaluate":
         print_results([Path(settings.output) / "results.json"], view)
+
+
+def _known_job(kind: str) -> str:
+    from umarvel_ray.errors import ConfigError
+    from umarvel_ray.pipeline.jobs import JOBS
+
+    if kind not in JOBS:
+        raise ConfigError(f"--job {kind}: no such job. Give run, {', '.join(JOBS)}.")
+    return kind
 
 
 def _view() -> Any:

@@ -15,6 +15,7 @@ from umarvel_ray.artifacts import (
     claim_folder,
     fingerprint,
     finish_folder,
+    is_claimed,
     is_finished,
     read_json,
     release_folder,
@@ -25,10 +26,13 @@ from umarvel_ray.data.mbeir import Mbeir
 from umarvel_ray.data.sources import chosen_tasks, local_pool_source, pool_sources, query_source
 from umarvel_ray.data.trec import Qrels, Run
 from umarvel_ray.errors import UmarvelError
+from umarvel_ray.pipeline.lock import only_one
+from umarvel_ray.pipeline.progress import Recorder
 from umarvel_ray.pipeline.settings import EvaluateConfig, MineConfig, ReportConfig
 from umarvel_ray.pipeline.view import View, short_time
 from umarvel_ray.retrieve.settings import EmbedConfig, RerankConfig, SearchConfig, run_path
 from umarvel_ray.runtime.cluster import RuntimeSettings, connected
+from umarvel_ray.runtime.metrics import publish
 from umarvel_ray.train.settings import StageConfig
 
 Summary = dict[str, Any]
@@ -44,7 +48,7 @@ def train(config: StageConfig, runtime: RuntimeSettings, view: View) -> Summary:
     data = open_training_set(config)
     num_steps = config.train.steps(batch_plan(config, data).steps_per_epoch)
     last: dict[str, Any] = {}
-    with view.bar("training", num_steps) as bar:
+    with view.bar("training", num_steps, unit="steps") as bar:
 
         def on_step(entry: dict[str, Any]) -> None:
             last.update(entry)
@@ -71,7 +75,7 @@ def embed(config: EmbedConfig, runtime: RuntimeSettings, view: View) -> Summary:
     tasks, rows_done = missing_shards(config)
     rows = rows_done + sum(task.shard.num_rows for task in tasks)
     started, tokens = time.perf_counter(), 0
-    with view.bar("embedding", rows) as bar:
+    with view.bar("embedding", rows, unit="records") as bar:
         bar.at(rows_done)
         for answer in run_pool(tasks, partial(EmbeddingWorker, config), runtime):
             tokens += answer["tokens"]
@@ -103,7 +107,7 @@ def search(config: SearchConfig, runtime: RuntimeSettings, view: View) -> Summar
                         output=run_path(config.output, request.split, task.name, scope),
                     )
                 )
-    with view.bar("searching", len(tasks)) as bar:
+    with view.bar("searching", len(tasks), unit="runs") as bar:
         search(
             tasks,
             runtime,
@@ -154,7 +158,7 @@ def rerank(config: RerankConfig, runtime: RuntimeSettings, view: View) -> Summar
     plan = plan_scores(config)
     missing = [task for task in plan if not task.part.exists()]
     pairs, started = 0, time.perf_counter()
-    with view.bar("re-ranking", sum(len(task.rows) for task in plan)) as bar:
+    with view.bar("re-ranking", sum(len(task.rows) for task in plan), unit="queries") as bar:
         bar.at(sum(len(task.rows) for task in plan) - sum(len(task.rows) for task in missing))
         for answer in run_pool(missing, partial(RerankingWorker, config), runtime):
             pairs += answer["pairs"]
@@ -258,24 +262,31 @@ def perform(kind: str, config: Config, runtime: RuntimeSettings, view: View, *, 
         Whether there was anything to do.
 
     Raises:
-        OutputError: The output folder belongs to a job with other settings.
+        OutputError: The output folder belongs to a job with other settings, or another process works there.
     """
     output = Path(config.output)  # type: ignore[attr-defined]
     title = title or kind
-    claim_folder(output, claimed_settings(kind, config))
+    settings = claimed_settings(kind, config)
+    resumed = is_claimed(output, settings)
     if is_finished(output):
         view.line(f"[dim]✓ {title}: finished before[/]")
         return False
-    view.line(f"▸ {title}")
-    started = time.perf_counter()
-    try:
-        with connected(runtime):
-            summary = JOBS[kind][1](config, runtime, view)
-    except UmarvelError:
-        release_folder(output)  # refused at the door: the mended settings may have the same folder
-        raise
-    seconds = time.perf_counter() - started
-    finish_folder(output, {**summary, "seconds": round(seconds, 2)})
+    with only_one(output):
+        claim_folder(output, settings)
+        view.line(f"▸ {title}")
+        recorder = Recorder(output, title, partial(publish, job=title))
+        started = time.perf_counter()
+        try:
+            with connected(runtime), view.recorded(recorder):
+                summary = JOBS[kind][1](config, runtime, view)
+        except UmarvelError:
+            recorder.clear()
+            release_folder(output)  # refused at the door: the mended settings may have the same folder
+            raise
+        seconds = time.perf_counter() - started
+        recorder.clear()
+        done = {"seconds": round(seconds, 2), "resumed": resumed, "runtime": runtime.model_dump(mode="json")}
+        finish_folder(output, {**summary, **done})
     shown = [_figure(key, value) for key, value in summary.items() if isinstance(value, int | float)]
     figures = "  ".join(shown[:_FIGURES_SHOWN])
     view.line(f"[green]✓[/] {title}  [dim]{short_time(seconds)}  {figures}[/]")

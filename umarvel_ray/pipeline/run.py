@@ -2,16 +2,16 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
-from umarvel_ray.artifacts import claim_folder, is_finished, read_json
+from umarvel_ray.artifacts import claim_folder, is_claimed, is_finished, read_json
 from umarvel_ray.config import load_config
 from umarvel_ray.pipeline.check import RUN_FILE, require_sound, run_claim
 from umarvel_ray.pipeline.jobs import JOBS, perform, seconds_of
+from umarvel_ray.pipeline.lock import only_one
 from umarvel_ray.pipeline.settings import ReportConfig, RunConfig
 from umarvel_ray.pipeline.stages import Job, recipe
 from umarvel_ray.pipeline.versions import library_versions
@@ -52,14 +52,20 @@ def run_recipe(run: RunConfig, view: View) -> None:
     view.line(f"[bold]{escape(run.title)}[/]: {len(jobs)} jobs, {finished} finished before, output {place}")
     if not finished:
         require_sound(run, view)
-    claim_folder(output, run_claim(run), claim=RUN_FILE)
-    with connected(run.runtime) if finished < len(jobs) else nullcontext():
-        for job in jobs:
-            config = (
-                _with_facts(job.config, run, jobs) if isinstance(job.config, ReportConfig) else job.config
-            )
-            perform(job.kind, config, run.runtime, view, title=job.title)
+    is_claimed(output, run_claim(run), claim=RUN_FILE)
+    if finished < len(jobs):
+        with only_one(output), connected(run.runtime):
+            claim_folder(output, run_claim(run), claim=RUN_FILE)
+            _perform_all(run, jobs, view)
+    else:
+        _perform_all(run, jobs, view)
     _print_end(jobs, view)
+
+
+def _perform_all(run: RunConfig, jobs: Sequence[Job], view: View) -> None:
+    for job in jobs:
+        config = _with_facts(job.config, run, jobs) if isinstance(job.config, ReportConfig) else job.config
+        perform(job.kind, config, run.runtime, view, title=job.title)
 
 
 def _with_facts(config: ReportConfig, run: RunConfig, jobs: Sequence[Job]) -> ReportConfig:

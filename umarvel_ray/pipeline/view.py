@@ -1,6 +1,10 @@
-"""What a person sees while jobs run: a line per job, a bar per long step, tables at the end."""
+"""What a person sees while jobs run: a line per job, a bar per long step, tables at the end.
 
-from collections.abc import Iterator
+On a console that is no terminal, as in a cluster's log, a long step says once a minute where it is.
+"""
+
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,35 +18,56 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from umarvel_ray.pipeline.progress import Tally, short_time
+
+__all__ = ["Bar", "View", "short_time"]
+_LINE_EVERY_S = 60.0
+
 
 class Bar:
     """Progress of one step."""
 
-    def __init__(self, progress: Progress, task: Any) -> None:
-        self._progress = progress
-        self._task = task
+    def __init__(self, tally: Tally, show: Callable[[Tally], None]) -> None:
+        self._tally = tally
+        self._show = show
 
     def at(self, done: float, note: str = "") -> None:
         """So much is done."""
-        self._progress.update(self._task, completed=done, note=note)
+        self._tally.at(done, note)
+        self._show(self._tally)
 
     def advance(self, amount: float, note: str = "") -> None:
         """So much more is done."""
-        self._progress.update(self._task, advance=amount, note=note)
+        self.at(self._tally.done + amount, note)
 
 
 class View:
-    """Writes to a console; on one that is no terminal, bars stay away and lines remain."""
+    """Writes to a console; on one that is no terminal, bars stay away and lines remain.
+
+    Attributes:
+        console: Where to.
+        record: Told of every move of a bar.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
+        self.record: Callable[..., None] = lambda tally, last=False: None
+
+    @contextmanager
+    def recorded(self, record: Callable[..., None]) -> Iterator[None]:
+        """Tell `record` of every move of a bar, for the length of a block."""
+        before, self.record = self.record, record
+        try:
+            yield
+        finally:
+            self.record = before
 
     def line(self, text: str) -> None:
         """One line."""
         self.console.print(text, soft_wrap=True)  # a path or a long line stays whole in a log
 
     @contextmanager
-    def bar(self, title: str, total: float) -> Iterator[Bar]:
+    def bar(self, title: str, total: float, *, unit: str = "") -> Iterator[Bar]:
         """A bar with rate and time left, gone when the step ends."""
         columns = (
             TextColumn("  {task.description}"),
@@ -53,15 +78,18 @@ class View:
             TextColumn("[dim]left"),
             TimeRemainingColumn(),
         )
-        with Progress(
-            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
-        ) as progress:
-            yield Bar(progress, progress.add_task(title, total=total, note=""))
+        tally, terminal = Tally(title, total, unit), self.console.is_terminal
+        due = time.monotonic() + _LINE_EVERY_S
+        with Progress(*columns, console=self.console, transient=True, disable=not terminal) as progress:
+            task: Any = progress.add_task(title, total=total, note="")
 
+            def show(tally: Tally) -> None:
+                nonlocal due
+                progress.update(task, completed=tally.done, note=tally.note)
+                self.record(tally)
+                if not terminal and time.monotonic() >= due:
+                    due = time.monotonic() + _LINE_EVERY_S
+                    self.line(f"  {tally.line()}")
 
-def short_time(seconds: float) -> str:
-    """`4.2 s`, `3 min 05 s`, `2 h 10 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+            yield Bar(tally, show)
+            self.record(tally, last=True)
