@@ -44,9 +44,21 @@ _job_command("search", "Embedding stores → exact top-k runs, local and global.
 _job_command(
     "mine", "Runs of the training queries → filtered hard negatives, with counts of all that was dropped."
 )
-_job_command("rerank", "Runs → P(Yes) of every hit → fused runs, and the teacher of the distillation.")
 _job_command("evaluate", "Runs and qrels → results.json and a table.")
 _job_command("report", "Results, curves and mined negatives → report.html.")
+
+
+@app.command()
+def rerank(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Only choose alpha, on val requests; a test split is refused.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Runs → P(Yes) of every hit → fused runs, and the teacher of the distillation."""
+    run_job("rerank", config, [*(overrides or []), *(["tune_only=true"] if tune else [])], dry_run=dry_run)
 
 
 @app.command()

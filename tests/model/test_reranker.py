@@ -9,6 +9,7 @@ from fixtures_model import Reference
 
 from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.errors import CheckpointError
+from umarvel_ray.model.inputs import clean
 from umarvel_ray.model.reranker import Reranker
 from umarvel_ray.model.settings import ImageSettings, LoraSettings, RerankerSettings
 
@@ -16,8 +17,8 @@ SENTENCE = (
     "I will provide you with a query and a candidate. Please evaluate whether the candidate meets the "
     "requirements of the query. If it does, respond with 'Yes'; if it doesn't, respond with 'No'."
 )
-EXACT = {"atol": 1e-5, "rtol": 0.0}
-"""float32 in another order of operations, on probabilities."""
+EXACT = {"atol": 1e-6, "rtol": 0.0}
+"""Probabilities in float32, against float64 or another order of operations."""
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +33,15 @@ def turn_up(model: Any) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and "language_model" in name:
-                parameter.mul_(6)
+                parameter.mul_(4)
 
 
 @pytest.fixture(scope="module")
 def stock(backbone) -> Reference:
-    """The same weights in plain modules."""
+    """The same weights in plain modules, in float64: the difference is the tree's own rounding."""
     reference = Reference(backbone)
     turn_up(reference.model)
+    reference.model.double()
     return reference
 
 
@@ -96,11 +98,65 @@ def test_tree_scores_are_those_of_single_pairs(reranker, stock, questions, candi
         assert scores.dtype == np.float32
 
 
+@pytest.mark.parametrize("kind", ["text", "image", "mixed"])
+@pytest.mark.parametrize("num", [1, 7, 50, 100])
+def test_long_lists_of_unequal_candidates_score_as_single_pairs(
+    reranker, stock, questions, pictures, kind, num
+):
+    """Lengths from 1 to 90 words, pictures that repeat; the reference takes a few pairs of each list."""
+    rng = np.random.default_rng(num)
+    names = list(pictures)
+    pool = []
+    for number in range(num):
+        words = " ".join(rng.choice(["red", "kite", "over", "the", "hill"], size=int(rng.integers(1, 90))))
+        image = pictures[names[int(rng.integers(len(names)))]]
+        has_image = kind == "image" or (kind == "mixed" and number % 3 > 0)
+        has_text = kind == "text" or (kind == "mixed" and number % 3 < 2)
+        pool.append(
+            Candidate(
+                did=f"9:{number}", txt=words if has_text else None, img_path=image if has_image else None
+            )
+        )
+    for query, question in questions:
+        whole = reranker.score(query, pool)
+        assert whole.shape == (num,)
+        longest = int(np.argmax([len(candidate.txt or "") for candidate in pool]))
+        for index in {0, num // 2, num - 1, longest}:
+            answer = clean(pool[index].txt or "")
+            expected = stock_score(stock, query, pool[index], question, answer)
+            assert whole[index] == pytest.approx(expected, abs=1e-6)
+        (cut,) = reranker.score_many([(query, pool)], max_tokens=400)
+        np.testing.assert_allclose(cut, whole, **EXACT)
+
+
+def test_a_picture_goes_through_the_tower_once(reranker, questions, pictures, monkeypatch):
+    """Within a list, over micro-batches and calls; and no more often than its file is read."""
+    seen: list[int] = []
+    visual = type(reranker.model.model.visual)
+    forward = visual.forward
+    monkeypatch.setattr(
+        visual, "forward", lambda self, *a, **k: seen.append(len(k["grid_thw"])) or forward(self, *a, **k)
+    )
+    fresh = Reranker(reranker.model, reranker.adapter, reranker._tokenizer, reranker.settings, source="")
+    pool = [Candidate(did=f"9:{n}", img_path=pictures[name]) for n, name in enumerate([*pictures] * 3)]
+    first = fresh.score_many([(query, pool) for query, _ in questions], max_tokens=150)
+    assert sum(seen) == len(pictures)
+    again = fresh.score_many([(query, pool) for query, _ in questions])
+    assert sum(seen) == len(pictures)
+    np.testing.assert_allclose(again, first, **EXACT)
+
+
+def test_an_empty_list_has_no_scores(reranker, questions, candidates):
+    query = questions[0][0]
+    empty, full, last = reranker.score_many([(query, []), (query, [candidates[0][0]]), (query, [])])
+    assert (len(empty), len(full), len(last)) == (0, 1, 0)
+
+
 def test_scores_differ_between_pairs(reranker, questions, candidates):
     """Else the test above could not tell a mixed-up answer."""
     lists = [(query, [candidate for candidate, _ in candidates]) for query, _ in questions]
     scores = np.sort(np.concatenate(reranker.score_many(lists)))
-    assert np.diff(scores).min() > 5e-5 and np.ptp(scores) > 0.05
+    assert np.diff(scores).min() > 1e-5 and np.ptp(scores) > 0.05
 
 
 def test_order_and_company_do_not_matter(reranker, questions, candidates):

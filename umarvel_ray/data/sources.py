@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from umarvel_ray.artifacts import fingerprint
+from umarvel_ray.data.lines import JsonLines
 from umarvel_ray.data.mbeir import (
     TASKS,
     Instructions,
@@ -88,6 +89,15 @@ class QuerySource:
         """The query with its judgements, without instruction."""
         return self._file[int(self._rows[row])]
 
+    def by_qid(self, qid: str) -> Query:
+        """The query `qid`, with its instruction.
+
+        Raises:
+            DataError: The file lacks it.
+        """
+        record = self._file[self._file.row_of(qid)]
+        return with_instruction(record, self._instructions, choice=self.choice, seed=self.seed)
+
     @cached_property
     def fingerprint(self) -> str:
         """Names the content: queries, and the prompts put before them."""
@@ -107,6 +117,69 @@ class QuerySource:
     def _rows(self) -> np.ndarray:
         mine = [row for row, record in enumerate(self._file) if record.task_id == self.task.task_id]
         return np.array(mine, dtype=np.int64)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Travels as its settings; files are opened again where it arrives."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True)
+class QueryFile:
+    """Queries of any JSONL file: M-BEIR's, or lines of qid, txt, img_path and instruction.
+
+    Attributes:
+        path: The file.
+        root: The folder at which its image paths start.
+        instruction: Put before queries whose line has none of its own.
+    """
+
+    path: str
+    root: str
+    instruction: str | None = None
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def by_qid(self, qid: str) -> Query:
+        """The query `qid`, with its instruction.
+
+        Raises:
+            DataError: The file lacks it, or its line is no query.
+        """
+        row = self._lines.keys("qid", unique=True).find(qid)
+        if row is None:
+            raise DataError(
+                f"{self.path}: has no query {qid} among {len(self)}. Use the file that was searched."
+            )
+        line = self._lines[row]
+        values: dict[str, str | None] = {}
+        for name, fields in {
+            "txt": ("query_txt", "txt"),
+            "img_path": ("query_img_path", "img_path"),
+            "instruction": ("instruction",),
+        }.items():
+            value = next((line[field] for field in fields if line.get(field)), None)
+            if value is not None and not isinstance(value, str):
+                raise DataError(
+                    f"{self._lines.where(row)}: {name} of {qid} is no text. Write a string or null."
+                )
+            values[name] = value
+        img_path = values["img_path"]
+        return Query(
+            qid=qid,
+            txt=values["txt"],
+            img_path=str(Path(self.root) / img_path) if img_path else None,
+            instruction=values["instruction"] or self.instruction,
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the content: queries, and the instruction put before them."""
+        return fingerprint([self._lines.fingerprint, self.instruction])
+
+    @cached_property
+    def _lines(self) -> JsonLines:
+        return JsonLines(self.path)
 
     def __getstate__(self) -> dict[str, object]:
         """Travels as its settings; files are opened again where it arrives."""

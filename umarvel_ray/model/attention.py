@@ -34,13 +34,15 @@ class Block:
 
     Attributes:
         index_BL: int64, token of the packed row at each place; a padded place repeats token 0 of its item.
-        mask: bool, broadcastable to (B, 1, L, L), true where a token may look; None where all see all.
+        mask: bool, broadcastable to (B, 1, L, S), true where a token may look; None where all see all.
         causal: Look only back; padding stands behind, so it needs no mask.
+        keys_BS: int64, the tokens looked at, where they are not the block's own.
     """
 
     index_BL: Tensor
     mask: Tensor | None
     causal: bool
+    keys_BS: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +166,10 @@ def packed_attention(
     group = query.shape[1] // key.shape[1]
     outputs = []
     for block in layout.blocks:
-        shape_BL = block.index_BL.shape
-        index = block.index_BL.flatten()
+        keys_BS = block.index_BL if block.keys_BS is None else block.keys_BS
         query_BHLD, key_BHLD, value_BHLD = (
-            states[0].index_select(1, index).unflatten(1, shape_BL).transpose(0, 1)
-            for states in (query, key, value)
+            states[0].index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
+            for states, index in ((query, block.index_BL), (key, keys_BS), (value, keys_BS))
         )
         if group > 1:
             key_BHLD = key_BHLD.repeat_interleave(group, dim=1)

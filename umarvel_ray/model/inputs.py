@@ -132,27 +132,8 @@ class InputBuilder:
         return " ".join(part for part in self._parts(record) if isinstance(part, str))
 
     def _parts(self, record: Query | Candidate) -> list[str | Picture | Video]:
-        """Texts and visuals in turn, texts cleaned, the instruction before the first of them."""
-        parts: list[str | Picture | Video] = []
-        for part in record.content:
-            words = self._template.words(part) if isinstance(part, str) else None
-            if words is None:
-                parts.append(part)
-            elif parts and isinstance(parts[-1], str):
-                parts[-1] = f"{parts[-1]} {words}"
-            else:
-                parts.append(words)
-        instruction = self._instruction(record)
-        if instruction:
-            first = next((place for place, part in enumerate(parts) if isinstance(part, str)), len(parts))
-            words = parts.pop(first) if first < len(parts) else ""
-            parts.insert(first, clean(f"{instruction} {words}"))
-        else:
-            first = -1
-        return [
-            clean(part) if isinstance(part, str) and place != first and not record.verbatim else part
-            for place, part in enumerate(parts)
-        ]
+        """See `content_parts`."""
+        return content_parts(record, self._template, self._instruction(record))
 
     def _instruction(self, record: Query | Candidate) -> str:
         mode = self.settings.instruction
@@ -232,6 +213,31 @@ class InputBuilder:
         runs = [(grid, visual.tick) for visual in item.visuals for grid in visual.grids]
         grids, ticks = [grid for grid, _ in runs], [tick for _, tick in runs]
         return mrope_positions(item.ids, grids, adapter=self.adapter, ticks=ticks)
+
+
+def content_parts(
+    record: Query | Candidate, template: ChatTemplate, instruction: str
+) -> list[str | Picture | Video]:
+    """Texts and visuals in turn, texts cleaned, the instruction before the first of them."""
+    parts: list[str | Picture | Video] = []
+    for part in record.content:
+        words = template.words(part) if isinstance(part, str) else None
+        if words is None:
+            parts.append(part)
+        elif parts and isinstance(parts[-1], str):
+            parts[-1] = f"{parts[-1]} {words}"
+        else:
+            parts.append(words)
+    if instruction:
+        first = next((place for place, part in enumerate(parts) if isinstance(part, str)), len(parts))
+        words = parts.pop(first) if first < len(parts) else ""
+        parts.insert(first, clean(f"{instruction} {words}"))
+    else:
+        first = -1
+    return [
+        clean(part) if isinstance(part, str) and place != first and not record.verbatim else part
+        for place, part in enumerate(parts)
+    ]
 
 
 def _asked_of(record: Query | Candidate) -> str:

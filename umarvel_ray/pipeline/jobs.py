@@ -42,9 +42,13 @@ _FIGURES_SHOWN = 4
 
 def train(config: StageConfig, runtime: RuntimeSettings, view: View) -> Summary:
     """One training stage: data and a checkpoint → the next checkpoint."""
+    from umarvel_ray.retrieve.teacher import require_teacher
     from umarvel_ray.runtime.training import run_stage
+    from umarvel_ray.train.settings import MbeirData
     from umarvel_ray.train.stage import batch_plan, open_training_set
 
+    if isinstance(config.data, MbeirData):
+        require_teacher(config.data)
     data = open_training_set(config)
     num_steps = config.train.steps(batch_plan(config, data).steps_per_epoch)
     last: dict[str, Any] = {}
@@ -151,53 +155,81 @@ def mine(config: MineConfig, runtime: RuntimeSettings, view: View) -> Summary:
 
 def rerank(config: RerankConfig, runtime: RuntimeSettings, view: View) -> Summary:
     """Runs → P(Yes) of each hit → fused runs, and the teacher of the distillation."""
-    from umarvel_ray.evaluate.metrics import mean_scores
-    from umarvel_ray.retrieve.rerank import RerankingWorker, fuse, merge_runs, plan_scores, tune_alpha
-    from umarvel_ray.runtime.pool import run_pool
+    from umarvel_ray.retrieve.fusion import Fusion, fuse, teacher_table, tune_alpha
+    from umarvel_ray.retrieve.rerank import scored_lists
+    from umarvel_ray.retrieve.scores import write_table
+    from umarvel_ray.runtime.reranking import score_lists
 
-    plan = plan_scores(config)
-    missing = [task for task in plan if not task.part.exists()]
-    pairs, started = 0, time.perf_counter()
-    with view.bar("re-ranking", sum(len(task.rows) for task in plan), unit="queries") as bar:
-        bar.at(sum(len(task.rows) for task in plan) - sum(len(task.rows) for task in missing))
-        for answer in run_pool(missing, partial(RerankingWorker, config), runtime):
-            pairs += answer["pairs"]
-            bar.advance(answer["queries"], f"{pairs / (time.perf_counter() - started):,.0f} pairs/s")
+    output = Path(config.output)
+    lists = scored_lists(config)
+    started, fresh = time.perf_counter(), 0
+    with view.bar("re-ranking", sum(len(one.rows) for one in lists), unit="queries") as bar:
 
-    mbeir, output = Mbeir(config.root), Path(config.output)
-    recall: dict[tuple[str, str, str], Run] = {}
-    scores: dict[tuple[str, str, str], Run] = {}
-    for key in dict.fromkeys((task.split, task.task, task.scope) for task in plan):
-        parts = [task for task in plan if (task.split, task.task, task.scope) == key]
-        recall[key] = Run.read(parts[0].run)
-        scores[key] = merge_runs([Run.read(part.part) for part in parts])
-    if config.alpha_from:
+        def on_part(queries: int, pairs: int) -> None:
+            nonlocal fresh
+            fresh += pairs
+            bar.advance(queries, f"{fresh / (time.perf_counter() - started):,.0f} pairs/s")
+
+        scores = score_lists(config, lists, runtime, on_part)
+    for one, own in zip(lists, scores, strict=True):
+        own.write(run_path(output / "scores", *one.key))
+    if config.tunes:
+        on_val = {one.name: own for one, own in zip(lists, scores, strict=True) if one.split == "val"}
+        tuned = tune_alpha(on_val, {name: _ranking_quality(config, name) for name in on_val})
+    elif config.alpha_from:
         tuned = read_json(Path(config.alpha_from) / "alpha.json")
-    elif config.alpha == "tune":
-        on_val = {
-            task: (recall[key], scores[key]) for key in scores for split, task, _ in [key] if split == "val"
-        }
-        by_name = {task.name: task for task in chosen_tasks(mbeir, "val", config.tasks)}
-
-        def quality(name: str) -> Callable[[Run], float]:
-            qrels = mbeir.qrels(by_name[name], "val")
-            # The mean reciprocal rank feels every move; the headline of a few dozen queries hardly does.
-            return lambda run: mean_scores(qrels, dict(zip(run.qids, run.dids, strict=True)), ["mrr@10"])[
-                "mrr@10"
-            ]
-
-        tuned = tune_alpha(
-            on_val, {name: quality(name) for name in on_val}, grid=[step / 20 for step in range(21)]
-        )
     else:
-        tuned = {"alpha": config.alpha, "curve": []}
-    write_json(output / "alpha.json", tuned)
-    for key in scores:
-        fuse(recall[key], scores[key], tuned["alpha"]).write(run_path(output, *key))
-    taught = [Run.read(run_path(output, *key)) for key in scores if key[0] == "train"]
+        tuned = {"alpha": config.alpha, "curve": [], "tasks": {}}
+    fusion = Fusion(
+        config.fusion,
+        tuned["alpha"] if config.fusion == "alpha" else config.weight,
+        config.released_or_own_weights,
+    )
+    write_json(output / "alpha.json", {**tuned, "fusion": fusion.facts()})
+    pairs = sum(own.num_pairs for own in scores)
+    if config.tune_only:
+        return {"pairs": pairs, "alpha": tuned["alpha"]}
+    for one, own in zip(lists, scores, strict=True):
+        fuse(own, fusion.weights(one.name)).write(run_path(output, *one.key))
+    taught = [
+        (one, teacher_table(own, fusion.teacher_weights(one.name)))
+        for one, own in zip(lists, scores, strict=True)
+        if one.split == "train"
+    ]
     if taught:
-        merge_runs(taught).write(output / "teacher.arrow")
-    return {"pairs": sum(len(row) for run in scores.values() for row in run.dids), "alpha": tuned["alpha"]}
+        import pyarrow as pa
+
+        facts = {
+            "checkpoint": taught[0][0].facts["checkpoint"],
+            "fusion": fusion.facts(),
+            "runs": {one.name: one.facts["run"] for one, _ in taught},
+        }
+        write_table(pa.concat_tables([table for _, table in taught]), facts, output / "teacher.arrow")
+    return {"pairs": pairs, "alpha": tuned["alpha"]}
+
+
+def _ranking_quality(config: RerankConfig, name: str) -> Callable[[Run], float]:
+    """What alpha is tuned for: the mean reciprocal rank on a val request.
+
+    It feels every move; the headline of a few dozen queries hardly does.
+    """
+    from umarvel_ray.data.trec import read_qrels
+    from umarvel_ray.evaluate.metrics import mean_scores
+
+    own = [one for one in config.lists if one.name == name and one.split == "val"]
+    if own:
+        assert own[0].qrels is not None  # a rule of the settings
+        qrels = read_qrels(own[0].qrels)
+    else:
+        assert config.root is not None
+        mbeir = Mbeir(config.root)
+        (task,) = chosen_tasks(mbeir, "val", (name,))
+        qrels = mbeir.qrels(task, "val")
+
+    def quality(run: Run) -> float:
+        return mean_scores(qrels, dict(zip(run.qids, run.dids, strict=True)), ["mrr@10"])["mrr@10"]
+
+    return quality
 
 
 def evaluate(config: EvaluateConfig, runtime: RuntimeSettings, view: View) -> Summary:

@@ -9,7 +9,7 @@ from umarvel_ray.data.sources import InstructionChoice
 from umarvel_ray.evaluate.report import ReportInputs
 from umarvel_ray.model.settings import DtypeName, EncoderSettings, RerankerSettings
 from umarvel_ray.retrieve.mine import MiningConfig
-from umarvel_ray.retrieve.settings import Scope, Split
+from umarvel_ray.retrieve.settings import FusionSettings, Scope, Split
 from umarvel_ray.runtime.cluster import RuntimeSettings
 from umarvel_ray.train.settings import ContrastiveSettings, RerankerTrainSettings, TrainSettings
 
@@ -83,8 +83,8 @@ class HardStage(TrainedStage):
     mining: MiningConfig
 
 
-class RerankerStage(Config):
-    """The reranker: its training lists, and the lists it scores."""
+class RerankerStage(FusionSettings):
+    """The reranker: its training lists, the lists it scores, and how its scores are fused."""
 
     train: TrainSettings
     pairs: RerankerTrainSettings = RerankerTrainSettings()
@@ -94,7 +94,6 @@ class RerankerStage(Config):
     depth: PositiveInt = 50
     """Hits re-scored per query, in validation and test."""
     scopes: tuple[Scope, ...] = ("local", "global")
-    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["tune"] = "tune"
 
 
 class DistilStage(TrainedStage):
@@ -115,6 +114,9 @@ class StageSettings(Config):
     hard: HardStage
     reranker: RerankerStage
     distil: DistilStage
+    plus: RerankerStage | None = None
+    """A second reranker, trained on what the distilled model finds: U-MARVEL⁺. Without it the column
+    `distil_reranked` is scored by the first."""
 
 
 class RetrievalSettings(Config):

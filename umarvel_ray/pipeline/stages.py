@@ -11,6 +11,7 @@ from umarvel_ray.pipeline.settings import (
     EvaluateConfig,
     MineConfig,
     ReportConfig,
+    RerankerStage,
     RunConfig,
     TrainedStage,
 )
@@ -73,11 +74,7 @@ def recipe(run: RunConfig) -> list[Job]:
     plan.evaluate("hard", "2 hard negatives", hard, found_hard)
 
     # 3.3 A reranker on what stage 2 finds; fused with it, it is the teacher.
-    start = run.backbone if stages.reranker.start == "backbone" else plan.checkpoint(stages.reranker.start)
-    lists = plan.mine("reranker_lists", found_hard, "local", stages.reranker.mining)
-    reranker = plan.train_reranker(
-        "reranker", start, mbeir.model_copy(update={"lists": f"{lists}/negatives.arrow", "only_listed": True})
-    )
+    reranker = plan.train_reranker("reranker", stages.reranker, found_hard)
     depth, scopes = stages.reranker.depth, stages.reranker.scopes
     scored = plan.rerank(
         "reranked",
@@ -88,17 +85,34 @@ def recipe(run: RunConfig) -> list[Job]:
             RerankRequest(split="train", depth=stages.distil.depth, share=stages.distil.share),
             RerankRequest(split="test", depth=depth, scopes=scopes),
         ],
+        stages.reranker,
     )
     plan.evaluate("reranked", "2 + rerank", reranker, scored)
 
-    # 3.3 Distillation into one encoder; 4, U-MARVEL+: the distilled model's hits re-ranked.
-    teacher = mbeir.model_copy(update={"lists": f"{scored}/teacher.arrow", "list_role": "teacher"})
+    # 3.3 Distillation into one encoder; 4 and appendix C, U-MARVEL+: what that one finds, re-ranked, by a
+    # reranker trained on it or by the first.
+    teacher = mbeir.model_copy(
+        update={"lists": f"{scored}/teacher.arrow", "list_role": "teacher", "teacher": reranker}
+    )
     distil = plan.train("distil", "3 distillation", hard, teacher, stages.distil)
-    found_distil = plan.retrieve("distil", distil, ("test",))
+    with_plus = stages.plus is not None and "distil_reranked" in run.columns
+    splits: tuple[Split, ...] = ("train", "val", "test") if with_plus else ("test",)
+    found_distil = plan.retrieve("distil", distil, splits, train_scope="local" if with_plus else "")
     plan.evaluate("distil", "3 distilled", distil, found_distil)
-    if "distil_reranked" in run.columns:
+    if with_plus:
+        assert stages.plus is not None
+        reranker_plus = plan.train_reranker("reranker_plus", stages.plus, found_distil)
+        requests = [
+            RerankRequest(split="val", depth=stages.plus.depth),
+            RerankRequest(split="test", depth=stages.plus.depth, scopes=stages.plus.scopes),
+        ]
+        scored_plus = plan.rerank("distil_reranked", reranker_plus, found_distil, requests, stages.plus)
+        plan.evaluate("distil_reranked", "3 + rerank (U-MARVEL+)", reranker_plus, scored_plus)
+    elif "distil_reranked" in run.columns:
         request = RerankRequest(split="test", depth=depth, scopes=scopes)
-        scored_distil = plan.rerank("distil_reranked", reranker, found_distil, [request], alpha_from=scored)
+        scored_distil = plan.rerank(
+            "distil_reranked", reranker, found_distil, [request], stages.reranker, alpha_from=scored
+        )
         plan.evaluate("distil_reranked", "3 + rerank", reranker, scored_distil)
 
     # Tables 5 and 6: the same steps and batches with something left out.
@@ -165,12 +179,16 @@ class _Plan:
         self._curves.append(TrainingInput(title=title, metrics=f"{folder}/metrics.jsonl"))
         return self.checkpoint(name)
 
-    def train_reranker(self, name: str, start: str, data: MbeirData) -> str:
-        """The reranker; returns its checkpoint."""
-        stage, folder = self._run.stages.reranker, self._folder("train", name)
+    def train_reranker(self, name: str, stage: RerankerStage, found: str) -> str:
+        """A reranker trained on what a search of the training queries found; returns its checkpoint."""
+        lists = self.mine(f"{name}_lists", found, "local", stage.mining)
+        data = MbeirData(
+            kind="mbeir", root=self._run.data.root, lists=f"{lists}/negatives.arrow", only_listed=True
+        )
+        folder = self._folder("train", name)
         config = StageConfig(
             model="reranker",
-            start=start,
+            start=self._run.backbone if stage.start == "backbone" else self.checkpoint(stage.start),
             output=folder,
             seed=self._run.seed,
             data=data,
@@ -179,8 +197,9 @@ class _Plan:
             reranker=self._run.reranker,
             dtype=self._run.dtype,
         )
-        self._add("train", name, "train reranker", config)
-        self._curves.append(TrainingInput(title="reranker", metrics=f"{folder}/metrics.jsonl"))
+        title = name.replace("_plus", " for U-MARVEL+")
+        self._add("train", name, f"train {title}", config)
+        self._curves.append(TrainingInput(title=title, metrics=f"{folder}/metrics.jsonl"))
         return self.checkpoint(name)
 
     def retrieve(self, name: str, checkpoint: str, splits: Sequence[Split], train_scope: str = "") -> str:
@@ -247,6 +266,7 @@ class _Plan:
         reranker: str,
         runs: str,
         requests: Sequence[RerankRequest],
+        stage: RerankerStage,
         alpha_from: str | None = None,
     ) -> str:
         """Score and fuse runs; returns the folder of fused ones."""
@@ -259,8 +279,11 @@ class _Plan:
             requests=tuple(requests),
             tasks=self._run.data.tasks,
             seed=self._run.seed,
-            alpha=None if alpha_from else self._run.stages.reranker.alpha,
-            alpha_from=alpha_from,
+            fusion=stage.fusion,
+            alpha=None if alpha_from else stage.alpha,
+            weight=stage.weight,
+            by_task=stage.by_task,
+            alpha_from=alpha_from if stage.fusion == "alpha" else None,
             instruction=how.instruction,
             queries_per_shard=how.queries_per_shard,
             max_tokens=how.max_tokens,

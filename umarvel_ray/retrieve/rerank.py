@@ -1,37 +1,115 @@
-"""Runs → P(Yes) of every hit → fused runs: recall-then-rerank, and the teacher of the distillation.
+"""Runs → P(Yes) of every hit, in parts that appear whole: a killed job scores only what is missing.
 
-Scores are stored beside the run they re-score, in parts that appear whole; a killed job scores only what is
-missing.
+Any run can be scored: those of M-BEIR's tasks, or a file of TREC's with its queries and pool. Queries that
+share candidates stand beside each other, so that a picture is read and looked at once for all of them.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from umarvel_ray.artifacts import fingerprint
+from umarvel_ray.artifacts import file_fingerprint, fingerprint
 from umarvel_ray.data.mbeir import Mbeir
-from umarvel_ray.data.sources import RecordReader, chosen_tasks, pool_sources, query_source
-from umarvel_ray.data.trec import Run
-from umarvel_ray.errors import ShardError
+from umarvel_ray.data.records import Candidate, Query
+from umarvel_ray.data.sources import (
+    PoolSource,
+    QueryFile,
+    RecordReader,
+    chosen_tasks,
+    pool_sources,
+    query_source,
+)
+from umarvel_ray.data.trec import Run, import_trec
+from umarvel_ray.errors import ConfigError, DataError, ShardError
 from umarvel_ray.model.reranker import Reranker
-from umarvel_ray.retrieve.settings import RerankConfig, Scope, run_path
+from umarvel_ray.retrieve.embed import checkpoint_fingerprint
+from umarvel_ray.retrieve.scores import Scores
+from umarvel_ray.retrieve.settings import RerankConfig, run_path
+
+
+class Queries(Protocol):
+    """Where queries stand."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names queries and instructions."""
+        ...
+
+    def by_qid(self, qid: str) -> Query:
+        """The query, with its instruction."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScoredList:
+    """One run to score, and where its records stand.
+
+    Attributes:
+        name: Of its task, or of the run.
+        split: train, val or test; decides what it may be used for.
+        scope: local or global.
+        run: The file.
+        depth: Hits scored per query, best first.
+        rows: The queries to score, as rows of the run, in the order in which they are scored.
+        queries: Theirs.
+        pools: Its candidates'.
+        folder: Where its parts go.
+        facts: All that decides its scores.
+    """
+
+    name: str
+    split: str
+    scope: str
+    run: Path
+    depth: int
+    rows: np.ndarray
+    queries: Queries
+    pools: tuple[PoolSource, ...]
+    folder: Path
+    facts: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """(split, name, scope)."""
+        return self.split, self.name, self.scope
 
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """Queries of one run to score, one part of the output."""
+    """One part of the output.
 
-    task: str
-    split: str
-    scope: Scope
-    run: Path
-    rows: tuple[int, ...]
-    depth: int
+    Attributes:
+        of: The run, and of its rows those of this part.
+        part: The file.
+    """
+
+    of: ScoredList
     part: Path
+
+    @property
+    def num_queries(self) -> int:
+        """Queries of this part."""
+        return len(self.of.rows)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that decides its content."""
+        return {**self.of.facts, "rows": fingerprint(self.of.rows.tolist())}
+
+
+def open_run(path: Path) -> Run:
+    """A run of ours, or TREC's text form."""
+    return _open_run(path, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@lru_cache(maxsize=8)
+def _open_run(path: Path, mtime_ns: int) -> Run:
+    """Its time is part of the key, so a run that was replaced is read again."""
+    return Run.read(path) if path.suffix == ".arrow" else import_trec(path)
 
 
 def sampled_rows(num_queries: int, share: float, *, seed: int, name: str) -> np.ndarray:
@@ -42,141 +120,213 @@ def sampled_rows(num_queries: int, share: float, *, seed: int, name: str) -> np.
     return np.sort(rng.permutation(num_queries)[: max(1, round(share * num_queries))])
 
 
-def plan_scores(config: RerankConfig) -> list[ScoreTask]:
-    """All parts, finished ones included: a pure function of the runs and the settings."""
-    mbeir = Mbeir(config.root)
-    plan = []
+def neighbourhoods(run: Run, rows: np.ndarray, depth: int) -> np.ndarray:
+    """The rows, ordered so that queries which share many of their first `depth` hits meet.
+
+    Two lists have the same least hash with the probability of their overlap over their union (Broder 1997).
+    """
+    if len(rows) < 3:
+        return rows
+    lists = [list(run.dids[int(row)])[:depth] for row in rows]
+    number_of: dict[str, int] = {}
+    flat = np.array(
+        [number_of.setdefault(did, len(number_of)) for dids in lists for did in dids], dtype=np.uint64
+    )
+    lengths = np.array([len(dids) for dids in lists])
+    starts = np.cumsum(lengths) - lengths
+    filled = lengths > 0
+    sketches = []
+    for salt in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9):
+        hashed = (flat + np.uint64(1)) * np.uint64(salt)
+        hashed ^= hashed >> np.uint64(29)
+        hashed *= np.uint64(0xBF58476D1CE4E5B9)
+        least = np.zeros(len(rows), dtype=np.uint64)
+        if filled.any():
+            least[filled] = np.minimum.reduceat(hashed, starts[filled])
+        sketches.append(least)
+    return rows[np.lexsort((rows, *reversed(sketches)))]
+
+
+def scored_lists(config: RerankConfig) -> list[ScoredList]:
+    """All runs to score: a pure function of the files and the settings.
+
+    Raises:
+        ConfigError: A name repeats.
+        DataError: A run is missing or broken.
+    """
+    how = {
+        "checkpoint": checkpoint_fingerprint(config.checkpoint),
+        "dtype": config.compute_dtype,
+        "backend": config.backend,
+    }
+    found = [*_mbeir_lists(config, how), *_file_lists(config, how)]
+    keys = [one.key for one in found]
+    if len(set(keys)) != len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ConfigError(f"two runs are called {'/'.join(twice)}. Give each its own name.")
+    return found
+
+
+def _mbeir_lists(config: RerankConfig, how: dict[str, Any]) -> list[ScoredList]:
+    if not config.requests:
+        return []
+    assert config.root is not None and config.runs is not None  # a rule of the settings
+    mbeir, found = Mbeir(config.root), []
     for request in config.requests:
+        tasks = chosen_tasks(mbeir, request.split, None)
+        pools = tuple(pool_sources(mbeir, request.split, tasks))
         for task in chosen_tasks(mbeir, request.split, config.tasks):
+            queries = query_source(mbeir, task, request.split, choice=config.instruction, seed=config.seed)
             for scope in request.scopes:
                 path = run_path(config.runs, request.split, task.name, scope)
-                rows = sampled_rows(len(Run.read(path)), request.share, seed=config.seed, name=task.name)
-                for part, start in enumerate(range(0, len(rows), config.queries_per_shard)):
-                    chosen = tuple(int(row) for row in rows[start : start + config.queries_per_shard])
-                    where = (
-                        Path(config.output)
-                        / "parts"
-                        / request.split
-                        / f"{task.name}.{scope}"
-                        / f"{part:05d}.arrow"
+                found.append(
+                    _scored_list(
+                        config, how, name=task.name, split=request.split, scope=scope, run=path,
+                        depth=request.depth, share=request.share, queries=queries, pools=pools,
                     )
-                    plan.append(
-                        ScoreTask(task.name, request.split, scope, path, chosen, request.depth, where)
-                    )
-    return plan
+                )  # fmt: skip
+    return found
 
 
-@lru_cache(maxsize=8)
-def _open_run(path: Path) -> Run:
-    return Run.read(path)
+def _file_lists(config: RerankConfig, how: dict[str, Any]) -> list[ScoredList]:
+    return [
+        _scored_list(
+            config, how, name=one.name, split=one.split, scope="local", run=Path(one.run), depth=one.depth,
+            share=1.0, queries=QueryFile(one.queries, one.root, one.instruction),
+            pools=tuple(PoolSource(name=Path(path).stem, root=one.root, path=path) for path in one.pools),
+        )
+        for one in config.lists
+    ]  # fmt: skip
+
+
+def _scored_list(
+    config: RerankConfig, how: dict[str, Any], *, name: str, split: str, scope: str, run: Path, depth: int,
+    share: float, queries: Queries, pools: tuple[PoolSource, ...],
+) -> ScoredList:  # fmt: skip
+    opened = open_run(run)
+    rows = sampled_rows(len(opened), share, seed=config.seed, name=name)
+    facts = {
+        **how,
+        "run": file_fingerprint(run),
+        "depth": depth,
+        "share": share,
+        "seed": config.seed if share < 1 else None,
+        "queries": queries.fingerprint,
+        "pools": [pool.fingerprint for pool in pools],
+    }
+    return ScoredList(
+        name=name,
+        split=split,
+        scope=scope,
+        run=run,
+        depth=depth,
+        rows=neighbourhoods(opened, rows, depth),
+        queries=queries,
+        pools=pools,
+        folder=Path(config.output) / "parts" / split / f"{name}.{scope}",
+        facts=facts,
+    )
+
+
+def plan_scores(config: RerankConfig, lists: Sequence[ScoredList]) -> tuple[list[ScoreTask], list[ScoreTask]]:
+    """All parts, and those of them that are still missing.
+
+    Raises:
+        ShardError: A part that stands there was made with another checkpoint, run or setting.
+    """
+    parts, missing = [], []
+    for one in lists:
+        for number, start in enumerate(range(0, len(one.rows), config.queries_per_shard)):
+            rows = one.rows[start : start + config.queries_per_shard]
+            task = ScoreTask(replace(one, rows=rows), one.folder / f"{number:05d}.arrow")
+            parts.append(task)
+            if task.part.exists():
+                Scores.read(task.part, made_with=task.facts)
+            else:
+                missing.append(task)
+    return parts, missing
+
+
+def collect_scores(one: ScoredList, parts: Sequence[ScoreTask]) -> Scores:
+    """A run's scores out of its parts, each hit exactly once, in the order of the run.
+
+    Raises:
+        ShardError: A part is missing, of other settings, or does not hold the hits it should.
+    """
+    run = open_run(one.run)
+    merged = Scores.concat([Scores.read(task.part, made_with=task.facts) for task in parts], one.facts)
+    place_of = {run.qids[int(row)]: int(row) for row in one.rows}
+    place_now = [place_of.get(qid, -1) for qid in merged.table.column("qid").to_pylist()]
+    ordered = Scores(merged.table.take(np.argsort(place_now, kind="stable")), one.facts)
+    expected = np.sort(one.rows)
+    if len(ordered) != len(expected):
+        raise ShardError(f"{one.folder}: {len(ordered)} of {len(expected)} queries are scored. Score again.")
+    for row, (qid, dids, _, _) in zip(expected, ordered.rows(), strict=True):
+        if qid != run.qids[int(row)] or dids != list(run.dids[int(row)])[: one.depth]:
+            raise ShardError(
+                f"{one.folder}: query {qid} holds other candidates than {one.run}. Remove the folder and "
+                "score again."
+            )
+    return ordered
 
 
 class RerankingWorker:
     """One reranker; scores one part a call."""
 
     def __init__(self, config: RerankConfig) -> None:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._reranker = Reranker.load(config.checkpoint, device=device, dtype=config.compute_dtype)
         self._config = config
-        self._mbeir = Mbeir(config.root)
-        self._open = lru_cache(maxsize=64)(self._open_sources)
-
-    def _open_sources(self, split: str, task: str) -> tuple[Any, dict[str, int], RecordReader]:
-        tasks = chosen_tasks(self._mbeir, split, None)
-        source = query_source(
-            self._mbeir,
-            next(known for known in tasks if known.name == task),
-            split,
-            choice=self._config.instruction,
-            seed=self._config.seed,
-        )
-        row_of = {source.record(row).query.qid: row for row in range(len(source))}
-        return source, row_of, RecordReader(pool_sources(self._mbeir, split, tasks))
+        self._score_many = _backend(config)
+        self._open = lru_cache(maxsize=16)(RecordReader)
 
     def __call__(self, task: ScoreTask) -> dict[str, Any]:
         """Score the hits of some queries; a finished part is left as it stands."""
-        run = _open_run(task.run)
-        source, row_of, reader = self._open(task.split, task.task)
-        lists = []
-        for row in task.rows:
-            dids = list(run.dids[row])[: task.depth]
-            lists.append((source[row_of[run.qids[row]]], [reader.candidate(did) for did in dids]))
-        scores = self._reranker.score_many(lists, max_tokens=self._config.max_tokens)
-        ranked = [
-            sorted(zip((c.did for c in candidates), row.tolist(), strict=True), key=lambda hit: -hit[1])
-            for (_, candidates), row in zip(lists, scores, strict=True)
-        ]
-        Run(
-            qids=[query.qid for query, _ in lists],
-            dids=[[did for did, _ in hits] for hits in ranked],
-            scores=[[score for _, score in hits] for hits in ranked],
-        ).write(task.part)
-        return {"queries": len(lists), "pairs": sum(len(candidates) for _, candidates in lists)}
+        one, run = task.of, open_run(task.of.run)
+        reader, rows = self._open(one.pools), one.rows.tolist()
+        qids = [run.qids[row] for row in rows]
+        dids = [list(run.dids[row])[: one.depth] for row in rows]
+        recall = [run.scores[row][: one.depth] for row in rows]
+        queries = [one.queries.by_qid(qid) for qid in qids]
+        candidates: dict[str, Candidate] = {}
+        for did in (did for row in dids for did in row):
+            if did not in candidates:
+                candidates[did] = reader.candidate(did)
+        p_yes = self._score_many(
+            [(query, [candidates[did] for did in row]) for query, row in zip(queries, dids, strict=True)]
+        )
+        Scores.of_lists(qids, dids, recall, p_yes, task.facts).write(task.part)
+        return {"queries": len(qids), "pairs": sum(map(len, dids)), "candidates": len(candidates)}
 
 
-def merge_runs(runs: Sequence[Run]) -> Run:
-    """Runs over different queries as one."""
-    return Run(
-        qids=[qid for run in runs for qid in run.qids],
-        dids=[list(row) for run in runs for row in run.dids],
-        scores=[np.asarray(row) for run in runs for row in run.scores],
-    )
+def _backend(config: RerankConfig) -> Any:
+    """(query, candidates) lists → P(Yes) of each."""
+    if config.backend == "vllm":
+        from umarvel_ray.model.vllm_reranker import VllmReranker
+
+        return VllmReranker.load(config.checkpoint, dtype=config.compute_dtype).score_many
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reranker = Reranker.load(config.checkpoint, device=device, dtype=config.compute_dtype)
+    reranker.keep_pictures(config.picture_bytes)
+
+    def score_many(lists: Sequence[tuple[Query, Sequence[Candidate]]]) -> list[np.ndarray]:
+        return reranker.score_many(lists, max_tokens=config.max_tokens, num_readers=config.readers)
+
+    return score_many
 
 
-def fuse(recall: Run, reranked: Run, alpha: float) -> Run:
-    """Re-rank by `alpha·recall + (1 − alpha)·P(Yes)`; ties keep the order of the recall.
-
-    Args:
-        recall: The run that was scored; queries and hits that were not are left out.
-        reranked: P(Yes) of its hits.
-        alpha: Weight of the recall score, 0 … 1.
+def require_records(lists: Sequence[ScoredList]) -> None:
+    """Look before scoring: the first query of each run is in its query file, its hits in its pools.
 
     Raises:
-        ShardError: A scored hit is not in the recall's run.
+        DataError: One is not.
     """
-    row_of = {qid: row for row, qid in enumerate(recall.qids)}
-    dids, scores = [], []
-    for qid, scored, p_yes in zip(reranked.qids, reranked.dids, reranked.scores, strict=True):
-        if qid not in row_of:
-            raise ShardError(
-                f"query {qid} was scored but the recall run lacks it. Score the run that is fused."
-            )
-        p_of = dict(zip(scored, np.asarray(p_yes, dtype=np.float64).tolist(), strict=True))
-        row = row_of[qid]
-        hits = [
-            (did, alpha * float(score) + (1 - alpha) * p_of[did])
-            for did, score in zip(recall.dids[row], recall.scores[row], strict=True)
-            if did in p_of
-        ]
-        if len(hits) != len(p_of):
-            raise ShardError(
-                f"query {qid}: {len(p_of) - len(hits)} of {len(p_of)} scored candidates are not in the "
-                "recall run. Score the run that is fused."
-            )
-        hits.sort(key=lambda hit: -hit[1])
-        dids.append([did for did, _ in hits])
-        scores.append(np.array([score for _, score in hits], dtype=np.float32))
-    return Run(qids=list(reranked.qids), dids=dids, scores=scores)
-
-
-def tune_alpha(
-    pairs: Mapping[str, tuple[Run, Run]], quality: Mapping[str, Any], *, grid: Sequence[float]
-) -> dict[str, Any]:
-    """The alpha whose fused runs are best on validation data, and the whole curve.
-
-    Args:
-        pairs: For each task its recall run and the scores of its hits.
-        quality: For each task a function of a run, higher is better.
-        grid: Alphas to try; among equals the largest, which trusts the recall most.
-
-    Returns:
-        `{"alpha": …, "curve": [[alpha, mean quality], …]}`.
-    """
-    curve = [
-        [alpha, float(np.mean([quality[task](fuse(*runs, alpha)) for task, runs in pairs.items()]))]
-        for alpha in grid
-    ]
-    best = max(curve, key=lambda point: (round(point[1], 6), point[0]))
-    return {"alpha": best[0], "curve": curve}
+    for one in lists:
+        run = open_run(one.run)
+        if not len(one.rows):
+            raise DataError(f"{one.run}: holds no query. Search first.")
+        row = int(one.rows[0])
+        one.queries.by_qid(run.qids[row])
+        reader = RecordReader(one.pools)
+        for did in list(run.dids[row])[: one.depth]:
+            reader.candidate(did)

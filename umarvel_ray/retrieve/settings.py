@@ -1,9 +1,9 @@
 """What is embedded, searched, mined and re-scored. Importing this loads no torch."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from umarvel_ray.config import Config, PathSetting
 from umarvel_ray.data.sources import InstructionChoice
@@ -75,22 +75,127 @@ class RerankRequest(Config):
     """Of the queries, the same share of each task, drawn by the seed."""
 
 
-class RerankConfig(Config):
+class ListRequest(Config):
+    """A run of any origin to re-score."""
+
+    name: str = Field(pattern=r"^[\w.+-]+$")
+    """Names its files."""
+    run: PathSetting
+    """Ours (`.arrow`), or TREC's text form."""
+    queries: PathSetting
+    """JSONL: M-BEIR's, or lines of qid, txt, img_path and instruction."""
+    pools: tuple[PathSetting, ...]
+    """JSONL in M-BEIR's form."""
+    root: PathSetting
+    """The folder at which image paths start."""
+    instruction: str | None = None
+    """Put before queries whose line has none of its own."""
+    split: Split = "test"
+    """What these queries are for: alpha is tuned on val alone."""
+    qrels: PathSetting | None = None
+    """Judgements, to tune alpha on."""
+    depth: PositiveInt = 50
+
+
+RELEASED_WEIGHTS = {"mscoco_task0": 0.5, "mscoco_task3": 0.1}
+"""Of P(Yes) in the authors' sum, where it is not 1: MSCOCO text → image, and image → text."""
+FusionKind = Literal["alpha", "sum"]
+Alpha = Annotated[float, Field(ge=0, le=1)] | Literal["tune"]
+
+
+class FusionSettings(Config):
+    """How recall scores and P(Yes) become one score."""
+
+    fusion: FusionKind = "alpha"
+    """`alpha`: α·recall + (1 − α)·P(Yes), the paper's. `sum`: recall + w·P(Yes), the released code's; a
+    student is taught half of it."""
+    alpha: Alpha | None = "tune"
+    """α of `alpha`. `tune`: best on the val request."""
+    weight: NonNegativeFloat = 1.0
+    """w of `sum`."""
+    by_task: dict[str, NonNegativeFloat] | None = None
+    """α or w of single tasks; for `sum` by default the released ones of MSCOCO, 0.5 and 0.1."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.fusion == "sum" and self.alpha not in (None, "tune"):
+            raise ValueError(
+                f"fusion 'sum' weighs by `weight`, but alpha is {self.alpha!r}: leave alpha out, or take "
+                "'alpha'"
+            )
+        if self.fusion == "alpha" and (wrong := {k: v for k, v in (self.by_task or {}).items() if v > 1}):
+            task, value = next(iter(wrong.items()))
+            raise ValueError(f"by_task.{task} is {value}: an alpha is at most 1")
+        return self
+
+
+class RerankConfig(FusionSettings):
     """Settings of one scoring job."""
 
     checkpoint: PathSetting
     output: PathSetting
-    root: PathSetting
-    runs: PathSetting
-    """Folder of a search: `{split}/{task}.{scope}.arrow`."""
-    requests: tuple[RerankRequest, ...]
+    root: PathSetting | None = None
+    """M-BEIR's, for `requests`."""
+    runs: PathSetting | None = None
+    """Folder of a search, for `requests`: `{split}/{task}.{scope}.arrow`."""
+    requests: tuple[RerankRequest, ...] = ()
+    lists: tuple[ListRequest, ...] = ()
+    """Runs of any origin, beside M-BEIR's or alone."""
     tasks: tuple[str, ...] | None = None
     seed: NonNegativeInt
-    alpha: float | Literal["tune"] | None = Field(default="tune")
-    """Weight of the recall score in `alpha·recall + (1 − alpha)·P(Yes)`. `tune`: best on the val request."""
     alpha_from: PathSetting | None = None
     """Take alpha from another scoring job's folder instead."""
     instruction: InstructionChoice = "first"
     queries_per_shard: PositiveInt = 64
     max_tokens: PositiveInt = 8192
     compute_dtype: DtypeName = "float32"
+    backend: Literal["tree", "vllm"] = "tree"
+    """`tree`: ours. `vllm`: the same pairs through vLLM, where it is installed."""
+    picture_bytes: NonNegativeInt = 2**30
+    """Memory of one actor for pictures as the vision tower saw them."""
+    readers: PositiveInt = 2
+    """Threads of one actor that read pictures and words ahead of the model."""
+    tune_only: bool = False
+    """Choose alpha and stop: no test split may be among the requests. What `umarvel rerank --tune` sets."""
+
+    @property
+    def released_or_own_weights(self) -> dict[str, float]:
+        """α or w of single tasks."""
+        return (RELEASED_WEIGHTS if self.fusion == "sum" else {}) if self.by_task is None else self.by_task
+
+    @property
+    def tunes(self) -> bool:
+        """Whether alpha is to be chosen here."""
+        return self.fusion == "alpha" and self.alpha_from is None and self.alpha == "tune"
+
+    @model_validator(mode="after")
+    def _something_to_score(self) -> Self:
+        if not (self.requests or self.lists):
+            raise ValueError("nothing to score: give requests (of a search's folder) or lists (of any run)")
+        if self.requests and (self.root is None or self.runs is None):
+            raise ValueError("requests are scored from a search's folder: give root and runs")
+        return self
+
+    @model_validator(mode="after")
+    def _tuned_on_validation(self) -> Self:
+        splits = [request.split for request in (*self.requests, *self.lists)]
+        if self.tune_only and "test" in splits:
+            raise ValueError(
+                f"alpha is chosen on validation data, never on test: {splits.count('test')} of {len(splits)} "
+                "requests are of the test split. Leave them out, then score test with alpha_from"
+            )
+        if self.fusion == "alpha" and self.alpha is None and self.alpha_from is None:
+            raise ValueError(
+                "alpha is null and alpha_from names no job: give a number, 'tune', or alpha_from"
+            )
+        if self.tune_only and not self.tunes:
+            raise ValueError("nothing to tune: fusion, alpha or alpha_from already say how to weigh")
+        if self.tunes and "val" not in splits:
+            raise ValueError(
+                "alpha is tuned on validation data, but no request is of the val split: add one, or give "
+                "alpha or alpha_from"
+            )
+        for one in self.lists:
+            if self.tunes and one.split == "val" and one.qrels is None:
+                raise ValueError(f"lists.{one.name}: alpha is tuned on it, so it needs qrels")
+        return self

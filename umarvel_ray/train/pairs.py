@@ -7,7 +7,8 @@ import torch
 
 from umarvel_ray.data.batches import BatchPlan, TrainingItem, TrainingSet, deal, token_cost
 from umarvel_ray.model.inputs import micro_batches
-from umarvel_ray.model.reranker import Reranker, Tree
+from umarvel_ray.model.reranker import Reranker
+from umarvel_ray.model.trees import Tree
 from umarvel_ray.train.gather import Lanes
 from umarvel_ray.train.grad_cache import sum_gradients
 from umarvel_ray.train.losses import answer_loss

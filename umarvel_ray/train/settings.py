@@ -95,6 +95,8 @@ class MbeirData(Config):
     lists: PathSetting | None = None
     """A run: mined negatives, or a teacher's scores."""
     list_role: Literal["negatives", "teacher"] = "negatives"
+    teacher: PathSetting | None = None
+    """Of a teacher's scores: the reranker that must have given them."""
     only_listed: bool = False
     """Leave out queries without a list; else they train on in-batch negatives. A teacher's always are."""
     num_negatives: PositiveInt | None = None
