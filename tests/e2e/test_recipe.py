@@ -96,7 +96,7 @@ def test_the_controls_start_and_are_fed_as_they_should(finished):
     assert differences("unfiltered", "hard") == {"data.lists"}
     assert differences("own_negatives", "hard") == {"data.only_listed", "loss.negatives"}
     assert differences("continue_hard", "distil") == {
-        "data.list_role", "data.only_listed", "loss.kind", "loss.negatives",
+        "data.list_role", "data.only_listed", "data.teacher", "loss.kind", "loss.negatives",
     }  # fmt: skip
     losses_of = losses(Path(settings.output))
     first = {name: losses_of[name][0]["loss"] for name in ("hard", "in_batch", "unfiltered", "own_negatives")}

@@ -52,6 +52,25 @@ def test_negatives_are_mined_globally_and_the_rerankers_lists_locally(tiny: Tiny
     assert {("train", ("global",)), ("train", ("local",)), ("test", ("local", "global"))} <= requests
 
 
+def test_u_marvel_plus_trains_its_own_reranker_on_what_the_distilled_model_finds(tiny: TinyRun):
+    plain = jobs_of(tiny)
+    assert of(plain["rerank/distil_reranked"], "checkpoint") == of(plain["rerank/reranked"], "checkpoint")
+    assert of(plain["rerank/distil_reranked"], "alpha_from") == of(plain["rerank/reranked"], "output")
+    stage = "{train: {batch_size: 8, num_steps: 2, learning_rate: 1.0e-3}, depth: 10, "
+    jobs = jobs_of(tiny, "stages.plus=" + stage + "mining: {rule: none, depth: 10, num_negatives: 8}}")
+    lists, own = jobs["mine/reranker_plus_lists"], jobs["train/reranker_plus"]
+    assert of(lists, "search") == of(jobs["search/distil"], "output")
+    assert of(own, "data")["lists"] == of(lists, "output") + "/negatives.arrow"
+    scored = jobs["rerank/distil_reranked"]
+    assert of(scored, "checkpoint") == of(own, "output") + "/checkpoint"
+    assert (of(scored, "runs"), of(scored, "alpha_from")) == (of(jobs["search/distil"], "output"), None)
+    requests = {(request["split"], tuple(request["scopes"])) for request in of(scored, "requests")}
+    assert requests == {("val", ("local",)), ("test", ("local", "global"))}
+    splits = {request["split"] for request in of(jobs["search/distil"], "requests")}
+    assert splits == {"train", "val", "test"}
+    assert of(jobs["train/distil"], "data")["teacher"] == of(jobs["rerank/reranked"], "checkpoint")
+
+
 def test_columns_and_controls_are_what_was_asked_for(tiny: TinyRun):
     everything = jobs_of(tiny, f"controls=[{', '.join(CONTROLS)}]")
     for control in CONTROLS:
