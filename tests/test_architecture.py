@@ -28,10 +28,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": BASE | {"data", "model", "train", "retrieve", "evaluate", "runtime"},
     "plan": BASE | {"data", "model", "train", "retrieve", "pipeline"},
     "demo": BASE | {"data"},
+    "export": BASE | {"data", "model"},
     "bench": BASE | {"data", "model", "train", "retrieve", "evaluate", "runtime", "pipeline", "demo"},
     "cli": BASE
     | {"data", "model", "train", "retrieve", "evaluate", "runtime", "pipeline"}
-    | {"plan", "demo", "bench", PACKAGE},
+    | {"plan", "demo", "bench", "export", PACKAGE},
     # The package's own __init__ names what users import.
     PACKAGE: {"data", "model"},
 }

@@ -11,6 +11,7 @@ import typer
 
 from umarvel_ray.data.check import ImageCheck
 from umarvel_ray.errors import UmarvelError
+from umarvel_ray.export import Format
 from umarvel_ray.runtime.cluster import prepare_environment
 
 app = typer.Typer(
@@ -204,6 +205,22 @@ def bench(
     if output is not None:
         harness.save(results, output, name=name, command=" ".join(["umarvel", *sys.argv[1:]]))
         view.line(f"all figures: {output}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="An encoder's checkpoint.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
+    format: Annotated[Format, typer.Option(help="What others will read it with.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option(help="What an adapter was trained on; with peft, the name to give it.")
+    ] = None,
+) -> None:
+    """A checkpoint for others: plain Transformers, one PEFT adapter, or Sentence Transformers."""
+    from umarvel_ray.export.formats import export as write
+
+    write(checkpoint, output, format=format, base=base)
+    _view().line(f"[green]✓[/] {output}: {format}")
 
 
 def run_job(kind: str, config: Path, overrides: list[str], *, dry_run: bool = False) -> None:
