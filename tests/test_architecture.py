@@ -14,9 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "umarvel_ray"
 
-BASE = {"errors", "config", "artifacts"}
+BASE = {"errors", "config", "logs", "artifacts"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "logs": set(),
     "config": {"errors"},
     "artifacts": {"errors"},
     "data": BASE,
@@ -39,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room → rooms it may import, beside itself. A room is a folder or a lone module of the package."""
 
 HEAVY = {"torch", "transformers", "ray", "peft", "deepspeed", "faiss", "matplotlib"}
-NEVER_HEAVY = {"errors", "config", "artifacts", "data"}
+NEVER_HEAVY = {"errors", "config", "logs", "artifacts", "data"}
 """Rooms that do without the heavy libraries altogether, even inside functions."""
 
 

@@ -1,6 +1,5 @@
 """`umarvel JOB CONFIG.yaml [key=value …]`: the command line. Our errors become one line and exit code 2."""
 
-import logging
 import os
 import sys
 import warnings
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from umarvel_ray import logs
 from umarvel_ray.data.check import ImageCheck
 from umarvel_ray.errors import UmarvelError
 from umarvel_ray.export import Format
@@ -258,7 +258,7 @@ def _view() -> Any:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `umarvel` and of the scripts in `jobs/`."""
     prepare_environment()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logs.configure()
     _quiet_libraries()
     try:
         ended = app(

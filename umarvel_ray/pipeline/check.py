@@ -23,6 +23,7 @@ from umarvel_ray.pipeline.settings import MineConfig, RunConfig
 from umarvel_ray.pipeline.stages import recipe
 from umarvel_ray.pipeline.view import View, short_time
 from umarvel_ray.retrieve.settings import EmbedConfig, RerankConfig, RerankRequest, SearchConfig
+from umarvel_ray.runtime.cluster import exposures
 from umarvel_ray.train.settings import StageConfig
 
 RUN_FILE = "run.json"
@@ -113,6 +114,8 @@ def check_run(run: RunConfig, view: View, *, images: ImageCheck = "exists") -> l
     found = find_faults(run, images=images)
     for fault in found.faults:
         view.console.print(str(fault), style="red", soft_wrap=True, markup=False)
+    for warning in exposures():
+        view.console.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
     number = len(found.faults)
     view.line(f"{number} fault{'s' * (number > 1)}" if number else f"{found.looked_at}: no faults found")
     return [str(fault) for fault in found.faults]

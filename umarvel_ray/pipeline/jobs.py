@@ -3,12 +3,14 @@
 Each takes its settings, who does the work, and where to show progress, and returns a summary for `done.json`.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from umarvel_ray import logs
 from umarvel_ray.artifacts import (
     DONE_FILE,
     JOB_FILE,
@@ -34,6 +36,8 @@ from umarvel_ray.retrieve.settings import EmbedConfig, RerankConfig, SearchConfi
 from umarvel_ray.runtime.cluster import RuntimeSettings, connected
 from umarvel_ray.runtime.metrics import publish
 from umarvel_ray.train.settings import StageConfig
+
+logger = logging.getLogger(__name__)
 
 Summary = dict[str, Any]
 _FIGURES_SHOWN = 4
@@ -303,13 +307,14 @@ def perform(kind: str, config: Config, runtime: RuntimeSettings, view: View, *, 
     if is_finished(output):
         view.line(f"[dim]✓ {title}: finished before[/]")
         return False
-    with only_one(output):
+    with only_one(output), logs.about(job=title):
         claim_folder(output, settings)
         view.line(f"▸ {title}")
+        logger.info("started", extra={"output": str(output)})
         recorder = Recorder(output, title, partial(publish, job=title))
         started = time.perf_counter()
         try:
-            with connected(runtime), view.recorded(recorder):
+            with connected(runtime, view.line), view.recorded(recorder):
                 summary = JOBS[kind][1](config, runtime, view)
         except UmarvelError:
             recorder.clear()
@@ -319,6 +324,7 @@ def perform(kind: str, config: Config, runtime: RuntimeSettings, view: View, *, 
         recorder.clear()
         done = {"seconds": round(seconds, 2), "resumed": resumed, "runtime": runtime.model_dump(mode="json")}
         finish_folder(output, {**summary, **done})
+        logger.info("finished", extra={"figures": summary, "seconds": seconds})
     shown = [_figure(key, value) for key, value in summary.items() if isinstance(value, int | float)]
     figures = "  ".join(shown[:_FIGURES_SHOWN])
     view.line(f"[green]✓[/] {title}  [dim]{short_time(seconds)}  {figures}[/]")

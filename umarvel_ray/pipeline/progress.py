@@ -4,6 +4,7 @@ The file is written every few seconds beside the job's results, on a disk or in 
 `umarvel status` needs no cluster.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from umarvel_ray.artifacts import write_json
 from umarvel_ray.errors import UmarvelError
 
 PROGRESS_FILE = ".progress.json"
+logger = logging.getLogger(__name__)
 _EVERY_S = (5.0, 20.0)
 """Between two writings, on a disk and in object storage."""
 
@@ -111,6 +113,7 @@ class Recorder:
         self._due = now + self._every_s
         figures = tally.figures()
         self._publish({key: figures[key] for key in ("done", "total", "per_s")})
+        logger.info("progress", extra=figures)
         try:
             write_json(
                 self._where / PROGRESS_FILE,

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from umarvel_ray import logs
 from umarvel_ray.artifacts import claim_folder, is_claimed, is_finished, read_json
 from umarvel_ray.config import load_config
 from umarvel_ray.pipeline.check import RUN_FILE, require_sound, run_claim
@@ -46,6 +47,7 @@ def run_recipe(run: RunConfig, view: View) -> None:
         UmarvelError: Settings or data are faulty, or a job fails.
     """
     output = Path(run.output)
+    os.environ.setdefault(logs.RUN_VARIABLE, run.output)
     jobs = recipe(run)
     finished = sum(is_finished(job.config.output) for job in jobs)  # type: ignore[attr-defined]
     place = escape(str(output))
@@ -54,7 +56,7 @@ def run_recipe(run: RunConfig, view: View) -> None:
         require_sound(run, view)
     is_claimed(output, run_claim(run), claim=RUN_FILE)
     if finished < len(jobs):
-        with only_one(output), connected(run.runtime):
+        with only_one(output), connected(run.runtime, view.line):
             claim_folder(output, run_claim(run), claim=RUN_FILE)
             _perform_all(run, jobs, view)
     else:

@@ -130,15 +130,3 @@ class JobServer:
                     "such as http://localhost:8265, and forward its port where the cluster is remote."
                 ) from None
             raise
-
-
-def dashboard_is_open(address: str, timeout_s: float = 3.0) -> bool:
-    """Whether a dashboard tells its jobs to who has no token."""
-    import urllib.error
-    import urllib.request
-
-    try:
-        with urllib.request.urlopen(f"{address.rstrip('/')}/api/jobs/", timeout=timeout_s) as answer:
-            return answer.status == 200
-    except (OSError, ValueError, urllib.error.URLError):
-        return False

@@ -1,0 +1,65 @@
+"""The recipe done once in this process, and what it means that another run is equal to it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixtures_run import CONTROLS, Lines, TinyRun
+
+from umarvel_ray.artifacts import read_json
+from umarvel_ray.data.trec import Run
+from umarvel_ray.pipeline.run import run_recipe
+from umarvel_ray.pipeline.settings import RunConfig
+
+COLUMNS = ("instruct", "hard", "reranked", "distil", "distil_reranked")
+ALL_CONTROLS = f"controls=[{', '.join(CONTROLS)}]"
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: TinyRun) -> tuple[RunConfig, Lines]:
+    """The recipe with all controls, in this process, and what it said."""
+    view = Lines()
+    settings = tiny.settings(tiny.home / "local", ALL_CONTROLS)
+    run_recipe(settings, view)
+    return settings, view
+
+
+def figures(output: Path, column: str) -> dict[str, Any]:
+    """What a person reads of a column: the measured tasks and their means."""
+    results = read_json(output / "evaluate" / column / "results.json")
+    return {key: results[key] for key in ("tasks", "mean")}
+
+
+def weights(output: Path) -> dict[str, bytes]:
+    """Every finished checkpoint's weights, by the stage's name."""
+    return {path.parts[-3]: path.read_bytes() for path in output.glob("train/*/checkpoint/model.safetensors")}
+
+
+def losses(output: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every line of every stage's metrics but how fast it went."""
+    found = {}
+    for path in output.glob("train/*/metrics.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        found[path.parent.name] = [{k: v for k, v in line.items() if k != "queries_per_s"} for line in lines]
+    return found
+
+
+def require_equal(output: Path, other: Path) -> None:
+    """Everything that `output` holds is in `other` to the last bit: losses, weights, vectors, lists."""
+    stages = {path.parent.name for path in output.glob("train/*/metrics.jsonl")}
+    assert stages >= {"text", "align", "instruct", "hard", "reranker", "distil"}
+    for of in (losses, weights):
+        found, wanted = of(output), of(other)
+        assert found == {stage: wanted[stage] for stage in stages}
+    shards = [path.relative_to(output) for path in output.glob("embed/**/shard-*.arrow")]
+    assert len(shards) > 30
+    for shard in shards:
+        assert (output / shard).read_bytes() == (other / shard).read_bytes(), shard
+    for pattern in ("search/**/*.arrow", "mine/*/negatives.arrow", "rerank/**/*.arrow"):
+        runs = [path.relative_to(output) for path in output.glob(pattern)]
+        assert runs
+        for run in runs:
+            assert Run.read(output / run).table().equals(Run.read(other / run).table()), run
+    for column in COLUMNS:
+        assert figures(output, column) == figures(other, column)
