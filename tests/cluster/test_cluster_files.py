@@ -279,7 +279,7 @@ def test_the_board_asks_for_what_we_and_ray_publish():
         name
         for panel in board["panels"]
         for target in panel["targets"]
-        for name in re.findall(r"\b(ray_\w+)\{", target["expr"])
+        for name in re.findall(r"\b((?:ray|autoscaler)_\w+)\{", target["expr"])
     }
     ours = {name.removeprefix("ray_umarvel_") for name in asked if name.startswith("ray_umarvel_")}
     assert ours and ours <= published
