@@ -14,12 +14,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "umarvel_ray"
 
-BASE = {"errors", "config", "logs", "artifacts"}
+BASE = {"errors", "config", "logs", "storage", "artifacts"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "logs": set(),
     "config": {"errors"},
-    "artifacts": {"errors"},
+    "storage": {"errors"},
+    "artifacts": {"errors", "storage"},
     "data": BASE,
     "evaluate": BASE | {"data"},
     "model": BASE | {"data"},
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room → rooms it may import, beside itself. A room is a folder or a lone module of the package."""
 
 HEAVY = {"torch", "transformers", "ray", "peft", "deepspeed", "faiss", "matplotlib"}
-NEVER_HEAVY = {"errors", "config", "logs", "artifacts", "data"}
+NEVER_HEAVY = {"errors", "config", "logs", "storage", "artifacts", "data"}
 """Rooms that do without the heavy libraries altogether, even inside functions."""
 
 

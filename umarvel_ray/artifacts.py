@@ -1,7 +1,8 @@
 """How anything reaches the disk: whole or not at all, and with a manifest that says what decided it.
 
-A job owns one folder. `job.json` is written when it starts and claims the folder for its settings;
-`done.json` is written last and makes the job finished. Files between them appear by rename.
+A job owns one folder, on a disk or in object storage. `job.json` is written when it starts and claims the
+folder for its settings; `done.json` is written last and makes the job finished. Files between them appear by
+rename, or by an upload that is visible when it is complete.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from umarvel_ray.errors import OutputError
+from umarvel_ray.storage import RemotePath, at, cache_folder, local_file
 
 JOB_FILE = "job.json"
 DONE_FILE = "done.json"
@@ -28,35 +30,75 @@ def fingerprint(value: Any) -> str:
 
 def file_fingerprint(path: str | os.PathLike) -> str:
     """16 hex digits that name a file's content."""
-    with open(path, "rb") as file:
+    with open(local_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def data_fingerprint(path: str | os.PathLike) -> str:
+    """As `file_fingerprint`, for large files that many jobs ask about: read once per machine.
+
+    The name is that of the content, so it means the same on every machine and survives a copy or a `touch`.
+    Size and time of change only tell this machine that it has read this very file before.
+    """
+    found = at(path)
+    status = found.stat()
+    known = fingerprint([str(found), status.st_size, status.st_mtime_ns])
+    kept = cache_folder() / "fingerprints" / known
+    try:
+        return kept.read_text(encoding="utf-8")
+    except OSError:
+        name = file_fingerprint(found)
+    try:
+        with atomic_write(kept) as file:
+            file.write(name)
+    except OSError:  # a machine without a writable cache reads again
+        pass
+    return name
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under `path` only when the block ends well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    target = at(path)
+    if isinstance(target, RemotePath):
+        with tempfile.NamedTemporaryFile(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            target.upload(file.name)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     try:
         with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    _sync_folder(target.parent)
 
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder that appears under `path` only when the block ends well; one that stands there is replaced."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    """A folder that appears under `path` only when the block ends well; one that stands there is replaced.
+
+    Yields a local folder. Object storage knows no renaming of folders: there the files are uploaded one by
+    one, JSON last, so that who finds a checkpoint's settings or a state's step finds the weights too.
+    """
+    target = at(path)
+    if isinstance(target, RemotePath):
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+            target.remove_tree()
+            files = [file for file in Path(name).rglob("*") if file.is_file()]
+            for file in sorted(files, key=lambda file: (file.suffix == ".json", file)):
+                (target / file.relative_to(name).as_posix()).upload(file)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     os.chmod(temporary, 0o755)
     try:
         yield temporary
@@ -64,13 +106,13 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
             if file.is_file():
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_folder(path.parent)
+    _sync_folder(target.parent)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -83,7 +125,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file; a broken one is an OutputError that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(at(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise OutputError(
             f"{path}:{error.lineno}: not valid JSON ({error.msg}). Remove the file and run again."
@@ -112,7 +154,7 @@ def claim_folder(folder: str | os.PathLike, settings: Mapping[str, Any], *, clai
         OutputError: It was made with other settings, or holds files of something else.
     """
     if not is_claimed(folder, settings, claim=claim):
-        write_json(Path(folder) / claim, settings)
+        write_json(at(folder) / claim, settings)
 
 
 def is_claimed(folder: str | os.PathLike, settings: Mapping[str, Any], *, claim: str = JOB_FILE) -> bool:
@@ -121,7 +163,7 @@ def is_claimed(folder: str | os.PathLike, settings: Mapping[str, Any], *, claim:
     Raises:
         OutputError: As in `claim_folder`.
     """
-    folder = Path(folder)
+    folder = at(folder)
     claim_file = folder / claim
     if claim_file.exists():
         if changes := changed_settings(read_json(claim_file), json.loads(json.dumps(settings))):
@@ -141,19 +183,19 @@ def is_claimed(folder: str | os.PathLike, settings: Mapping[str, Any], *, claim:
 
 def release_folder(folder: str | os.PathLike, *, claim: str = JOB_FILE) -> None:
     """Give back a folder that holds nothing but its claim, so that corrected settings may take it."""
-    folder = Path(folder)
+    folder = at(folder)
     if [x.name for x in folder.iterdir() if x.name[0] != "."] == [claim]:
         (folder / claim).unlink()
 
 
 def is_finished(folder: str | os.PathLike) -> bool:
     """Whether the job that owns `folder` wrote its last file."""
-    return (Path(folder) / DONE_FILE).exists()
+    return (at(folder) / DONE_FILE).exists()
 
 
 def finish_folder(folder: str | os.PathLike, summary: Mapping[str, Any]) -> None:
     """Mark the job that owns `folder` as finished, with its counts and figures."""
-    write_json(Path(folder) / DONE_FILE, summary)
+    write_json(at(folder) / DONE_FILE, summary)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ from umarvel_ray.data.check import ImageCheck
 from umarvel_ray.errors import UmarvelError
 from umarvel_ray.export import Format
 from umarvel_ray.runtime.cluster import prepare_environment
+from umarvel_ray.storage import at
 
 app = typer.Typer(
     name="umarvel",
@@ -237,7 +238,7 @@ def run_job(kind: str, config: Path, overrides: list[str], *, dry_run: bool = Fa
     view = _view()
     perform(kind, settings, runtime, view)
     if kind == "evaluate":
-        print_results([Path(settings.output) / "results.json"], view)
+        print_results([at(settings.output) / "results.json"], view)
 
 
 def _known_job(kind: str) -> str:

@@ -28,6 +28,10 @@ class OutputError(UmarvelError, ValueError):
     """An output folder belongs to something else."""
 
 
+class StorageError(UmarvelError, RuntimeError):
+    """Object storage does not answer, or refuses."""
+
+
 class ResourceError(UmarvelError, RuntimeError):
     """The machine or the cluster cannot place what was asked for."""
 

@@ -5,7 +5,6 @@ import hashlib
 import os
 from array import array
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +23,7 @@ from umarvel_ray.data.mbeir import (
 )
 from umarvel_ray.data.trec import read_qrels
 from umarvel_ray.errors import DataError
+from umarvel_ray.storage import Place, at, is_remote
 
 ImageCheck = Literal["none", "exists", "decode"]
 """How closely pictures are looked at: not at all, whether they are there, or every pixel."""
@@ -43,14 +43,27 @@ def image_fault(path: str, images: ImageCheck) -> RecordFault | None:
     """
     if images == "none":
         return None
-    if not os.path.isfile(path):
+    if not _is_there(path):
         advice = "Unpack the images there, or correct the path."
         return RecordFault("the image is missing", detail=path, advice=advice)
     if images == "exists":
         return None
-    if (size := os.path.getsize(path)) > MAX_IMAGE_BYTES:
+    if (size := at(path).stat().st_size) > MAX_IMAGE_BYTES:
         return _too_large(f"{path} has {size:,} bytes of {MAX_IMAGE_BYTES:,}")
     return _decode_fault(path)
+
+
+def _is_there(path: str) -> bool:
+    if not is_remote(path):
+        return os.path.isfile(path)
+    folder, _, name = path.rpartition("/")
+    return name in _names_in(folder)
+
+
+@functools.lru_cache(maxsize=256)
+def _names_in(folder: str) -> frozenset[str]:
+    """One listing of a folder in object storage: millions of single questions would take hours."""
+    return frozenset(found.name for found in at(folder).iterdir())
 
 
 def _decode_fault(path: str) -> RecordFault | None:
@@ -61,7 +74,7 @@ def _decode_fault(path: str) -> RecordFault | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit stands below
-            with Image.open(path) as image:
+            with at(path).open("rb") as file, Image.open(file) as image:
                 width, height = image.size
                 if width * height > MAX_IMAGE_PIXELS:
                     return _too_large(f"{path} has {width} x {height} pixels of {MAX_IMAGE_PIXELS:,} in all")
@@ -136,7 +149,7 @@ class _Checker:
     def __init__(self, mbeir: Mbeir, images: ImageCheck) -> None:
         self.faults = Faults()
         self._mbeir = mbeir
-        self._pools: dict[tuple[Path, str | None], _Dids | None] = {}
+        self._pools: dict[tuple[Place, str | None], _Dids | None] = {}
         self._instructions: Instructions | None = None
         self._faulty_qids: set[str] = set()
         # Many records share a picture; the answers for so many are kept, not all of a large pool's.
@@ -189,7 +202,7 @@ class _Checker:
             self._check_qrels(self._mbeir.training_qrels_path(dataset), path, judged)
 
     def _check_training_record(
-        self, path: Path, record: QueryRecord, pool: _Dids | None, pool_path: Path
+        self, path: Place, record: QueryRecord, pool: _Dids | None, pool_path: Place
     ) -> None:
         if pool is None:
             return
@@ -202,7 +215,7 @@ class _Checker:
                     path, record.line, "a negative outside the pool", detail=detail, advice=advice
                 )
 
-    def _records(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _records(self, path: Place) -> Iterator[tuple[int, dict[str, Any]]]:
         """(line number, object) of each line that is one; the others are noted."""
         if not path.is_file():
             advice = f"Put M-BEIR's {path.relative_to(self._mbeir.root)} there."
@@ -220,7 +233,7 @@ class _Checker:
                 continue
             yield line, value
 
-    def _queries(self, path: Path) -> Iterator[QueryRecord]:
+    def _queries(self, path: Place) -> Iterator[QueryRecord]:
         self._faulty_qids.clear()  # of the file last read; its qrels are not blamed for them
         for line, value in self._records(path):
             try:
@@ -232,14 +245,14 @@ class _Checker:
             self._check_image(path, line, record.query.img_path)
             yield record
 
-    def _check_pool(self, path: Path, *, task: Task | None = None) -> _Dids | None:
+    def _check_pool(self, path: Place, *, task: Task | None = None) -> _Dids | None:
         """Its dids; None where the file is missing, so that not every positive is called missing too."""
         key = (path, task.candidate_modality if task else None)
         if key not in self._pools:
             self._pools[key] = self._read_pool(path, task)
         return self._pools[key]
 
-    def _read_pool(self, path: Path, task: Task | None) -> _Dids | None:
+    def _read_pool(self, path: Place, task: Task | None) -> _Dids | None:
         hashes, line_numbers = array("Q"), array("Q")
         for line, value in self._records(path):
             did = value.get("did")
@@ -268,11 +281,11 @@ class _Checker:
             self.faults.add(path, second, "a did repeats", detail=detail, advice="Keep one line of each.")
         return dids
 
-    def _check_image(self, path: Path, line: int, img_path: str | None) -> None:
+    def _check_image(self, path: Place, line: int, img_path: str | None) -> None:
         if img_path and (fault := self._image_fault(img_path)):
             self.faults.add_record(path, line, fault)
 
-    def _check_task(self, path: Path, record: QueryRecord, task: Task) -> None:
+    def _check_task(self, path: Place, record: QueryRecord, task: Task) -> None:
         query = record.query
         found = (dataset_id_of(query.qid), record.task_id, query.modality)
         wanted = (task.dataset_id, task.task_id, task.query_modality)
@@ -285,7 +298,7 @@ class _Checker:
             self.faults.add(path, record.line, "a query of another task", detail=detail, advice=advice)
 
     def _check_positives(
-        self, path: Path, record: QueryRecord, pool: _Dids, pool_path: Path, *, task: Task | None = None
+        self, path: Place, record: QueryRecord, pool: _Dids, pool_path: Place, *, task: Task | None = None
     ) -> None:
         wanted = record.positives
         if task and task.dataset in SHARING_DATASETS:
@@ -313,7 +326,7 @@ class _Checker:
             self.faults.add(path, None, "the instructions fall short", detail=detail, advice=advice)
 
     def _check_qrels(
-        self, path: Path, queries_path: Path, judged: dict[str, tuple[int, tuple[str, ...]]]
+        self, path: Place, queries_path: Place, judged: dict[str, tuple[int, tuple[str, ...]]]
     ) -> None:
         advice = f"Write it anew from the pos_cand_list of {queries_path.name}."
         if not path.is_file():

@@ -1,27 +1,30 @@
 """Random access to JSONL files of millions of lines, and lookup by id, in megabytes of memory.
 
-The file is memory-mapped. An index of byte offsets (8 bytes a line) is built once by streaming the file and
-kept in a hidden folder beside it, or in the user's cache folder where that one cannot be written. Its files
-are named by the size and modification time of what they index and appear by rename, so workers may build it
-at the same time.
+An index of byte offsets (8 bytes a line) is built once by streaming the file and kept in a hidden folder
+beside it, or in the user's cache folder where that one cannot be written. Its files are named by the size and
+modification time of what they index and appear by rename, so workers may build it at the same time. Lines are
+read by position, not mapped: a process that has passed over gigabytes holds none of them. A file in object
+storage is fetched once per machine.
 """
 
 import hashlib
 import json
-import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from umarvel_ray.artifacts import atomic_write, fingerprint
 from umarvel_ray.errors import DataError
+from umarvel_ray.storage import Place, at, cache_folder, local_file
 
 _BLOCK_BYTES = 1 << 20
+_BLOCK_ROWS = 2048
+"""Rows that one read fetches when a file is passed over."""
 _FORMAT = "v1"
 """Part of every index file's name: a change of the format is a new index, not a misread one."""
 
@@ -53,20 +56,19 @@ class JsonLines:
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        """Open `path`, a local file.
+        """Open `path`.
 
         Raises:
             DataError: It is missing or cannot be read, or its index can be written nowhere.
         """
-        self.path = Path(os.path.abspath(path))
+        self.path: Place = at(path)
         try:
-            with open(self.path, "rb") as file:
-                status = os.fstat(file.fileno())
-                # An empty file cannot be mapped.
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if status.st_size else b""
+            self._local = local_file(self.path)
+            self._file = open(self._local, "rb", buffering=0)  # noqa: SIM115, closed with this object
+            status = os.fstat(self._file.fileno())
         except OSError as error:
             raise DataError(
-                f"{path}: cannot be read ({error.strerror}). Give the path of a local JSONL file."
+                f"{path}: cannot be read ({error.strerror}). Give the path of a JSONL file."
             ) from None
         self._size = status.st_size
         self._stamp = f"{_FORMAT}-{status.st_size}-{status.st_mtime_ns}"
@@ -86,7 +88,20 @@ class JsonLines:
         return len(self._starts)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[row] for row in range(len(self)))
+        return self.range(0, len(self))
+
+    def range(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """The objects of rows `start` to `stop` (exclusive), read in blocks, faster than one by one.
+
+        Raises:
+            DataError: A line is not valid JSON or no object.
+        """
+        for first in range(start, stop, _BLOCK_ROWS):
+            for row, line in enumerate(self._block(first, min(first + _BLOCK_ROWS, stop)), start=first):
+                try:
+                    yield _object_of(line)
+                except RecordFault as fault:
+                    raise DataError(f"{self.where(row)}: {fault}") from None
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         """The object at `row`, from 0.
@@ -103,16 +118,7 @@ class JsonLines:
         """As `self[row]`, but a broken line is a RecordFault, for those who group faults."""
         if not -len(self) <= row < len(self):
             raise IndexError(f"{self.path}: row {row} of {len(self)}")
-        line = self._bytes(int(self._starts[row]))
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise RecordFault("not valid JSON", detail=_one_line(error), advice="Mend the line.") from None
-        if not isinstance(value, dict):
-            raise RecordFault(
-                "not a JSON object", detail=f"a {type(value).__name__}", advice="Mend the line."
-            )
-        return value
+        return _object_of(self._block(row % len(self), row % len(self) + 1)[0])
 
     def line(self, row: int) -> int:
         """The line number of `row`, from 1, blank lines counted."""
@@ -145,12 +151,35 @@ class JsonLines:
             )
         return index
 
-    def _bytes(self, start: int) -> bytes:
-        end = self._data.find(b"\n", start)
-        return self._data[start : end if end >= 0 else self._size]
+    def derived(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """What one pass over the file found, made once and kept beside the index.
+
+        Args:
+            name: Of the kept array; another meaning takes another name.
+            make: Computes it.
+        """
+        name = f"{self._stamp}.{name}.npy"
+        if self._locate(name) is None:
+            self._store(name, make())
+        return self._load_array(name)
+
+    def _block(self, start: int, stop: int) -> list[bytes]:
+        """The lines of rows `start` to `stop`; blank lines that follow one hang on to it."""
+        if start >= stop:
+            return []
+        ends = [*self._starts[start + 1 : stop + 1].tolist()]
+        if len(ends) < stop - start:
+            ends.append(self._size)
+        base = int(self._starts[start])
+        data = os.pread(self._file.fileno(), ends[-1] - base, base)
+        lines, position = [], 0
+        for end in ends:
+            lines.append(data[position : end - base])
+            position = end - base
+        return lines
 
     def _build(self) -> None:
-        starts, blank_rows, digest = _scan(self._data)
+        starts, blank_rows, digest = _scan(self._file)
         self._store(f"{self._stamp}.starts.npy", starts)
         self._store(f"{self._stamp}.blanks.npy", blank_rows)
         # Written last: where it stands, the others do.
@@ -191,10 +220,9 @@ class JsonLines:
         return hashes[order], order
 
     def _folders(self) -> list[Path]:
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         return [
-            self.path.parent / f".{self.path.name}.index",
-            Path(cache) / "umarvel-ray" / "lines" / fingerprint(str(self.path)),
+            self._local.parent / f".{self._local.name}.index",
+            cache_folder() / "lines" / fingerprint(str(self._local)),
         ]
 
     def _locate(self, name: str) -> Path | None:
@@ -319,24 +347,44 @@ class Faults:
         ]
 
 
-def _scan(data: mmap.mmap | bytes) -> tuple[np.ndarray, np.ndarray, str]:
+def _object_of(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RecordFault("not valid JSON", detail=_one_line(error), advice="Mend the line.") from None
+    if not isinstance(value, dict):
+        raise RecordFault("not a JSON object", detail=f"a {type(value).__name__}", advice="Mend the line.")
+    return value
+
+
+def _scan(file: IO[bytes]) -> tuple[np.ndarray, np.ndarray, str]:
     """Where the rows start; for each blank line the number of rows before it; the content's fingerprint."""
     digest = hashlib.sha256()
-    pieces = [np.zeros(1, dtype=np.int64)]
-    view = memoryview(data)
-    for begin in range(0, len(view), _BLOCK_BYTES):
-        block = view[begin : begin + _BLOCK_BYTES]
+    pieces, doubtful, size = [np.zeros(1, dtype=np.int64)], [], 0
+    newline_before = True
+    while block := file.read(_BLOCK_BYTES):
         digest.update(block)
-        pieces.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + (begin + 1))
+        data = np.frombuffer(block, dtype=np.uint8)
+        starts = np.flatnonzero(data == ord("\n")) + 1
+        pieces.append(starts + size)
+        # Only a line that begins with a blank can be blank: few are looked at.
+        inside = starts[starts < len(data)]
+        if newline_before:
+            inside = np.concatenate([np.zeros(1, dtype=np.int64), inside])
+        doubtful.append(inside[data[inside] <= ord(" ")] + size)
+        newline_before = block[-1] == ord("\n")
+        size += len(block)
     starts = np.concatenate(pieces)
-    if starts[-1] == len(view):  # nothing follows the last newline
+    if starts[-1] == size:  # nothing follows the last newline
         starts = starts[:-1]
-    # Only a line that begins with a blank can be blank: few are looked at.
-    doubtful = np.flatnonzero(np.frombuffer(view, dtype=np.uint8)[starts] <= ord(" "))
-    ends = np.append(starts, len(view))
-    blank = np.array(
-        [i for i in doubtful if not bytes(view[starts[i] : ends[i + 1]]).strip()], dtype=np.int64
-    )
+    lines = np.searchsorted(starts, np.concatenate(doubtful)) if doubtful else np.zeros(0, dtype=np.int64)
+    ends = np.append(starts, size)
+
+    def is_blank(line: int) -> bool:
+        file.seek(int(starts[line]))
+        return not file.read(int(ends[line + 1] - starts[line])).strip()
+
+    blank = np.array([line for line in lines.tolist() if is_blank(line)], dtype=np.int64)
     return np.delete(starts, blank), blank - np.arange(len(blank)), digest.hexdigest()[:16]
 
 

@@ -13,14 +13,16 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from umarvel_ray.artifacts import atomic_write, file_fingerprint
+import numpy as np
+
+from umarvel_ray.artifacts import atomic_write
 from umarvel_ray.data.lines import JsonLines, RecordFault
-from umarvel_ray.data.records import Candidate, Query, modality_of
+from umarvel_ray.data.records import MODALITIES, Candidate, Query, modality_of
 from umarvel_ray.data.trec import Qrels, read_qrels
 from umarvel_ray.errors import DataError
+from umarvel_ray.storage import Place, at, is_remote, join, read_bytes
 
 Domain = Literal["news", "fashion", "wiki", "common"]
 
@@ -129,6 +131,12 @@ def dataset_id_of(name: str) -> int | None:
     return int(number) if colon and number.isascii() and number.isdigit() else None
 
 
+def _dataset_number(name: str) -> int:
+    """As `dataset_id_of`, and a number that no data set has for names without one."""
+    dataset = dataset_id_of(name)
+    return 1 << 20 if dataset is None else dataset
+
+
 def _read_modality(value: Any) -> str | None:
     """As one of `MODALITIES`, None for other values; the data set card spells "image,text" the other way."""
     if not isinstance(value, str):
@@ -178,11 +186,11 @@ def _check_modality(field: str, value: Any, *, name: str, txt: str | None, img_p
         )
 
 
-def _join(root: Path, img_path: str | None) -> str | None:
-    return os.path.join(root, img_path) if img_path else None
+def _join(root: Place, img_path: str | None) -> str | None:
+    return join(root, img_path) if img_path else None
 
 
-def read_candidate(record: dict[str, Any], root: Path) -> Candidate:
+def read_candidate(record: dict[str, Any], root: Place) -> Candidate:
     did = _check_name("did", record.get("did"))
     txt = _check_text("txt", record.get("txt"), name=did)
     img_path = _check_text("img_path", record.get("img_path"), name=did)
@@ -190,7 +198,7 @@ def read_candidate(record: dict[str, Any], root: Path) -> Candidate:
     return Candidate(did=did, txt=txt, img_path=_join(root, img_path))
 
 
-def read_query(record: dict[str, Any], root: Path, line: int) -> "QueryRecord":
+def read_query(record: dict[str, Any], root: Place, line: int) -> "QueryRecord":
     qid = _check_name("qid", record.get("qid"))
     txt = _check_text("query_txt", record.get("query_txt"), name=qid)
     img_path = _check_text("query_img_path", record.get("query_img_path"), name=qid)
@@ -199,7 +207,7 @@ def read_query(record: dict[str, Any], root: Path, line: int) -> "QueryRecord":
     if not positives:
         raise RecordFault("pos_cand_list is empty", detail=qid, advice="Give it a positive, or remove it.")
     task_id = record.get("task_id")
-    if not isinstance(task_id, int) or isinstance(task_id, bool):
+    if not isinstance(task_id, int) or isinstance(task_id, bool) or not 0 <= task_id < 16:
         raise RecordFault("task_id is no number", detail=f"{qid} has {task_id!r}", advice="Write 0-4 or 6-8.")
     return QueryRecord(
         query=Query(qid=qid, txt=txt, img_path=_join(root, img_path)),
@@ -213,7 +221,7 @@ def read_query(record: dict[str, Any], root: Path, line: int) -> "QueryRecord":
 @functools.lru_cache(maxsize=1 << 16)
 def _image_digest(path: str, size: int, mtime_ns: int) -> bytes:
     """Size and time are part of the key, so a picture that was replaced is read again."""
-    return file_fingerprint(path).encode()
+    return hashlib.sha256(read_bytes(path)).digest()
 
 
 def content_key(record: Query | Candidate) -> bytes:
@@ -227,7 +235,7 @@ def content_key(record: Query | Candidate) -> bytes:
         digest.update(b"text\0" + record.txt.encode("utf-8", "surrogatepass"))
     if record.img_path:
         try:
-            status = os.stat(record.img_path)
+            status = at(record.img_path).stat()
             digest.update(b"\0image\0" + _image_digest(record.img_path, status.st_size, status.st_mtime_ns))
         except OSError as error:
             name = record.qid if isinstance(record, Query) else record.did
@@ -256,7 +264,7 @@ class Pool:
         """
         self._lines = JsonLines(path)
         self.path = self._lines.path
-        self.root = Path(os.path.abspath(root))
+        self.root = at(root)
         self.name = self.path.stem.removeprefix("mbeir_").removesuffix("_cand_pool")
         self.fingerprint = self._lines.fingerprint
 
@@ -267,7 +275,29 @@ class Pool:
         return len(self._lines)
 
     def __iter__(self) -> Iterator[Candidate]:
-        return (self.candidate(row) for row in range(len(self)))
+        return self.range(0, len(self))
+
+    def range(self, start: int, stop: int) -> Iterator[Candidate]:
+        """Rows `start` to `stop` (exclusive), read in blocks."""
+        for row, record in enumerate(self._lines.range(start, stop), start=start):
+            try:
+                yield read_candidate(record, self.root)
+            except RecordFault as fault:
+                raise DataError(f"{self._lines.where(row)}: {fault}") from None
+
+    def kinds(self) -> np.ndarray:
+        """(N,) int32 by row: data set id · 4 + the modality's place in `MODALITIES`; one pass, kept.
+
+        Raises:
+            DataError: A line breaks the format.
+        """
+
+        def make() -> np.ndarray:
+            return np.array(
+                [_dataset_number(c.did) * 4 + MODALITIES.index(c.modality) for c in self], dtype=np.int32
+            )
+
+        return self._lines.derived("kinds", make)
 
     def candidate(self, row: int) -> Candidate:
         """The candidate at `row`, from 0; its image path absolute.
@@ -351,7 +381,7 @@ class QuerySet:
         """
         self._lines = JsonLines(path)
         self.path = self._lines.path
-        self.root = Path(os.path.abspath(root))
+        self.root = at(root)
         self.fingerprint = self._lines.fingerprint
 
     def __reduce__(self) -> tuple[type["QuerySet"], tuple[str, str]]:
@@ -361,7 +391,27 @@ class QuerySet:
         return len(self._lines)
 
     def __iter__(self) -> Iterator[QueryRecord]:
-        return (self[row] for row in range(len(self)))
+        return self.range(0, len(self))
+
+    def range(self, start: int, stop: int) -> Iterator[QueryRecord]:
+        """Rows `start` to `stop` (exclusive), read in blocks."""
+        for row, record in enumerate(self._lines.range(start, stop), start=start):
+            try:
+                yield read_query(record, self.root, self._lines.line(row))
+            except RecordFault as fault:
+                raise DataError(f"{self._lines.where(row)}: {fault}") from None
+
+    def kinds(self) -> np.ndarray:
+        """(N,) int32 by row: data set id · 16 + task id; one pass, kept.
+
+        Raises:
+            DataError: A line breaks the format.
+        """
+
+        def make() -> np.ndarray:
+            return np.array([_dataset_number(r.query.qid) * 16 + r.task_id for r in self], dtype=np.int32)
+
+        return self._lines.derived("kinds", make)
 
     def __getitem__(self, row: int) -> QueryRecord:
         """The query at `row`, from 0; its image path absolute.
@@ -416,7 +466,7 @@ class Instructions:
     """
 
     def __init__(
-        self, path: Path, prompts: dict[tuple[int, str, str], tuple[str, ...]], fingerprint: str
+        self, path: Place, prompts: dict[tuple[int, str, str], tuple[str, ...]], fingerprint: str
     ) -> None:
         """Args as the attributes; `prompts` by key."""
         self.path = path
@@ -433,10 +483,11 @@ class Instructions:
         Raises:
             DataError: A line lacks a column, names no modality or repeats a key.
         """
-        path = Path(os.path.abspath(path))
+        path = at(path)
         prompts: dict[tuple[int, str, str], tuple[str, ...]] = {}
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            content = path.read_bytes()
+            text = content.decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read ({error}). Give M-BEIR's {_INSTRUCTIONS}.") from None
         for number, line in enumerate(text.split("\n"), start=1):
@@ -454,7 +505,7 @@ class Instructions:
             if key in prompts:
                 raise DataError(f"{path}:{number}: a second row for {_key_text(key)}. Keep one.")
             prompts[key] = found
-        return cls(path, prompts, file_fingerprint(path))
+        return cls(path, prompts, hashlib.sha256(content).hexdigest()[:16])
 
     def prompts(self, dataset_id: int, query_modality: str, candidate_modality: str) -> tuple[str, ...]:
         """The prompts of one row, at least one.
@@ -516,7 +567,7 @@ class Mbeir:
         Raises:
             DataError: It is no folder.
         """
-        self.root = Path(os.path.abspath(root))
+        self.root = at(root)
         if not self.root.is_dir():
             raise DataError(
                 f"{root}: no such folder. Give the root of M-BEIR, which holds query/ and cand_pool/."
@@ -530,35 +581,35 @@ class Mbeir:
         """Those of `DATASETS` that have a training file, in the order of their ids."""
         return tuple(dataset for dataset in DATASETS if self.training_queries_path(dataset).is_file())
 
-    def queries_path(self, task: Task, split: str) -> Path:
+    def queries_path(self, task: Task, split: str) -> Place:
         """The query file of a task for val or test."""
         return self.root / "query" / split / f"mbeir_{task.name}_{split}.jsonl"
 
-    def training_queries_path(self, dataset: str) -> Path:
+    def training_queries_path(self, dataset: str) -> Place:
         """The training file of a data set: its tasks mixed."""
         return self.root / "query" / "train" / f"mbeir_{dataset}_train.jsonl"
 
-    def union_training_queries_path(self) -> Path:
+    def union_training_queries_path(self) -> Place:
         """The training file of all data sets, the small ones up-sampled by repeating lines."""
         return self.root / "query" / "union_train" / "mbeir_union_up_train.jsonl"
 
-    def local_pool_path(self, task: Task, split: str) -> Path:
+    def local_pool_path(self, task: Task, split: str) -> Place:
         """The pool of one task."""
         return self.root / "cand_pool" / "local" / f"mbeir_{local_pool_name(task, split)}_cand_pool.jsonl"
 
-    def global_pool_path(self, split: str) -> Path:
+    def global_pool_path(self, split: str) -> Place:
         """The pool of all tasks, for train, val or test."""
         return self.root / "cand_pool" / "global" / f"mbeir_union_{split}_cand_pool.jsonl"
 
-    def qrels_path(self, task: Task, split: str) -> Path:
+    def qrels_path(self, task: Task, split: str) -> Place:
         """The judgements of a task for val or test."""
         return self.root / "qrels" / split / f"mbeir_{task.name}_{split}_qrels.txt"
 
-    def training_qrels_path(self, dataset: str) -> Path:
+    def training_qrels_path(self, dataset: str) -> Place:
         """The judgements of a data set's training queries."""
         return self.root / "qrels" / "train" / f"mbeir_{dataset}_train_qrels.txt"
 
-    def instructions_path(self) -> Path:
+    def instructions_path(self) -> Place:
         """The table of task sentences."""
         return self.root / _INSTRUCTIONS
 
@@ -594,7 +645,7 @@ class Mbeir:
         """Read `instructions_path`."""
         return Instructions.read(self._require(self.instructions_path()))
 
-    def _require(self, path: Path) -> Path:
+    def _require(self, path: Place) -> Place:
         if not path.is_file():
             raise DataError(
                 f"{path}: missing. Put M-BEIR's {path.relative_to(self.root)} there, or correct the root "
@@ -603,13 +654,20 @@ class Mbeir:
         return path
 
 
+def _relative(img_path: str | None, root: str | os.PathLike) -> str | None:
+    if not img_path:
+        return None
+    inside = is_remote(root) and img_path.startswith(f"{root}/")
+    return img_path.removeprefix(f"{root}/") if inside else os.path.relpath(img_path, root)
+
+
 def query_line(record: QueryRecord, root: str | os.PathLike) -> dict[str, Any]:
     """The JSON object of one line of a query file; the image path becomes relative to `root`."""
     query = record.query
     return {
         "qid": query.qid,
         "query_txt": query.txt,
-        "query_img_path": os.path.relpath(query.img_path, root) if query.img_path else None,
+        "query_img_path": _relative(query.img_path, root),
         "query_modality": query.modality,
         "query_src_content": None,
         "pos_cand_list": list(record.positives),
@@ -623,7 +681,7 @@ def candidate_line(candidate: Candidate, root: str | os.PathLike) -> dict[str, A
     return {
         "did": candidate.did,
         "txt": candidate.txt,
-        "img_path": os.path.relpath(candidate.img_path, root) if candidate.img_path else None,
+        "img_path": _relative(candidate.img_path, root),
         "modality": candidate.modality,
         "src_content": None,
     }

@@ -34,6 +34,10 @@ class RecordSource(Generic[RecordT]):
     def __getitem__(self, row: int) -> RecordT:
         return self.records[row]
 
+    def where(self, row: int) -> str:
+        """What to call `row` in messages."""
+        return f"{self.name}, record {row + 1}"
+
     @cached_property
     def fingerprint(self) -> str:
         """Names ids, words and paths (not the content of pictures)."""

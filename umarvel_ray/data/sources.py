@@ -5,7 +5,7 @@ A source's name is that of its embedding store, so every job finds what another 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,7 @@ from umarvel_ray.data.mbeir import (
     local_pool_name,
 )
 from umarvel_ray.data.own import RecordSource
-from umarvel_ray.data.records import Candidate, Query
+from umarvel_ray.data.records import MODALITIES, Candidate, Query
 from umarvel_ray.errors import ConfigError, DataError
 
 InstructionChoice = Literal["first", "seeded"]
@@ -98,6 +98,10 @@ class QuerySource:
         record = self._file[self._file.row_of(qid)]
         return with_instruction(record, self._instructions, choice=self.choice, seed=self.seed)
 
+    def where(self, row: int) -> str:
+        """`file:line` of `row`, for messages."""
+        return self._file.where(int(self._rows[row]))
+
     @cached_property
     def fingerprint(self) -> str:
         """Names the content: queries, and the prompts put before them."""
@@ -115,8 +119,7 @@ class QuerySource:
 
     @cached_property
     def _rows(self) -> np.ndarray:
-        mine = [row for row, record in enumerate(self._file) if record.task_id == self.task.task_id]
-        return np.array(mine, dtype=np.int64)
+        return np.flatnonzero(self._file.kinds() % 16 == self.task.task_id)
 
     def __getstate__(self) -> dict[str, object]:
         """Travels as its settings; files are opened again where it arrives."""
@@ -210,6 +213,10 @@ class PoolSource:
     def __getitem__(self, row: int) -> Candidate:
         return self._file.candidate(row if self._rows is None else int(self._rows[row]))
 
+    def where(self, row: int) -> str:
+        """`file:line` of `row`, for messages."""
+        return self._file.where(row if self._rows is None else int(self._rows[row]))
+
     @cached_property
     def fingerprint(self) -> str:
         """Names the content (not that of the images)."""
@@ -223,13 +230,8 @@ class PoolSource:
     def _rows(self) -> np.ndarray | None:
         if not self.datasets:
             return None
-        wanted = {str(dataset) for dataset in self.datasets}
-        mine = [
-            row
-            for row, candidate in enumerate(self._file)
-            if candidate.did.partition(":")[0] in wanted and candidate.modality == self.modality
-        ]
-        return np.array(mine, dtype=np.int64)
+        wanted = [dataset * 4 + MODALITIES.index(self.modality) for dataset in self.datasets]
+        return np.flatnonzero(np.isin(self._file.kinds(), wanted))
 
     def __getstate__(self) -> dict[str, object]:
         """Travels as its settings; files are opened again where it arrives."""
@@ -241,17 +243,10 @@ Source = QuerySource | PoolSource | RecordSource
 
 def training_tasks(mbeir: Mbeir) -> tuple[Task, ...]:
     """Tasks that the training files hold, in the order of `TASKS`."""
-    present: set[tuple[str, int]] = set()
+    present: set[int] = set()
     for dataset in mbeir.training_datasets():
-        queries = mbeir.training_queries(dataset)
-        present |= _kinds_in(str(queries.path), str(mbeir.root), queries.fingerprint)
-    return tuple(task for task in TASKS if (str(task.dataset_id), task.task_id) in present)
-
-
-@lru_cache(maxsize=64)
-def _kinds_in(path: str, root: str, fingerprint: str) -> frozenset[tuple[str, int]]:
-    """(data set, task id) of a file's queries; every job asks, and a training file has a million lines."""
-    return frozenset((r.query.qid.partition(":")[0], r.task_id) for r in QuerySet(path, root))
+        present |= set(mbeir.training_queries(dataset).kinds().tolist())
+    return tuple(task for task in TASKS if task.dataset_id * 16 + task.task_id in present)
 
 
 def tasks_of_split(mbeir: Mbeir, split: str) -> tuple[Task, ...]:

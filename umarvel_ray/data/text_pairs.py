@@ -7,7 +7,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from umarvel_ray.artifacts import file_fingerprint
@@ -15,6 +15,7 @@ from umarvel_ray.data.check import ImageCheck, image_fault
 from umarvel_ray.data.lines import Faults, JsonLines, RecordFault
 from umarvel_ray.data.records import Candidate, Query, TrainingPair
 from umarvel_ray.errors import DataError
+from umarvel_ray.storage import Place, at, join
 
 
 class PairSource(Protocol):
@@ -25,7 +26,7 @@ class PairSource(Protocol):
         fingerprint: 16 hex digits that name its content.
     """
 
-    path: Path
+    path: Place
     fingerprint: str
 
     def __len__(self) -> int: ...
@@ -59,7 +60,7 @@ class NliPairs:
         Raises:
             DataError: A column is missing, or a row lacks a cell or has an empty one.
         """
-        self.path = Path(os.path.abspath(path))
+        self.path = at(path)
         self._use_hard_negatives = use_hard_negatives
         columns = ("sent0", "sent1", "hard_neg") if use_hard_negatives else ("sent0", "sent1")
         self._rows, self._lines = _read_csv(self.path, columns)
@@ -93,13 +94,13 @@ def _open_nli(path: str, use_hard_negatives: bool) -> NliPairs:
     return NliPairs(path, use_hard_negatives=use_hard_negatives)
 
 
-def _read_csv(path: Path, columns: Sequence[str]) -> tuple[list[list[str]], list[int]]:
+def _read_csv(path: Place, columns: Sequence[str]) -> tuple[list[list[str]], list[int]]:
     """The cells of `columns` by row, and the line on which each row ends."""
     rows: list[list[str]] = []
     lines: list[int] = []
     faulty: list[int] = []
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             header = next(reader, [])
             if missing := [name for name in columns if name not in header]:
@@ -157,9 +158,9 @@ class CaptionPairs:
             DataError: The file is none of the forms above, or an entry of a JSON document lacks image or
                 caption.
         """
-        self.path = Path(os.path.abspath(path))
+        self.path = at(path)
         self._name = name
-        self._image_root = None if image_root is None else Path(os.path.abspath(image_root))
+        self._image_root = None if image_root is None else at(image_root)
         if self._image_root is not None and not self._image_root.is_dir():
             raise DataError(
                 f"{image_root}: no such folder. Give the folder that holds the pictures of {path}."
@@ -221,12 +222,12 @@ class CaptionPairs:
 
     def _resolve(self, image: str) -> str:
         if self._image_root is None:
-            return os.path.join(self.path.parent, image)
+            return join(self.path.parent, image)
         # ".." is left out: a path of the file does not leave the root.
         parts = [part for part in PurePosixPath(image.replace("\\", "/")).parts if part not in ("/", "..")]
         for start in range(len(parts)):
-            path = os.path.join(self._image_root, *parts[start:])
-            if os.path.isfile(path):
+            path = join(self._image_root, "/".join(parts[start:]))
+            if at(path).is_file():
                 return path
         raise RecordFault(
             "the image is missing",
@@ -243,10 +244,10 @@ def _open_captions(path: str, name: str, image_root: str | None) -> CaptionPairs
     return CaptionPairs(path, name=name, image_root=image_root)
 
 
-def _is_json_lines(path: Path) -> bool:
+def _is_json_lines(path: Place) -> bool:
     """Whether the first line that is not blank is an entry by itself."""
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             first = next((line for line in file if line.strip()), b"")
     except OSError as error:
         raise DataError(
@@ -262,7 +263,7 @@ def _is_json_lines(path: Path) -> bool:
     return isinstance(value, dict) and not all(isinstance(item, dict) for item in value.values())
 
 
-def _read_document(path: Path) -> list[tuple[str, str]]:
+def _read_document(path: Place) -> list[tuple[str, str]]:
     try:
         document = json.loads(path.read_bytes())
     except json.JSONDecodeError as error:

@@ -9,13 +9,13 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from umarvel_ray.artifacts import atomic_write
 from umarvel_ray.errors import DataError
+from umarvel_ray.storage import Place, at, local_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,7 +41,7 @@ def read_qrels(path: str | os.PathLike) -> Qrels:
         DataError: The file is missing, a line has other fields, or a pair is judged twice with different
             grades.
     """
-    path = Path(path)
+    path = at(path)
     qrels: Qrels = {}
     any_irrelevant = False
     for number, fields in _read_fields(path):
@@ -177,7 +177,7 @@ class Run:
         import pyarrow as pa
 
         try:
-            with pa.memory_map(os.fspath(path)) as source:
+            with pa.memory_map(str(local_file(path))) as source:
                 table = pa.ipc.open_file(source).read_all()
             return cls.from_table(table)
         except (OSError, pa.ArrowException, KeyError) as error:
@@ -275,7 +275,7 @@ def import_trec(path: str | os.PathLike) -> Run:
     Raises:
         DataError: A line has other fields, or the scores do not fall with the ranks.
     """
-    path = Path(path)
+    path = at(path)
     hits: dict[str, list[tuple[int, str, float]]] = {}
     num_padding = 0
     for number, fields in _read_fields(path):
@@ -342,11 +342,11 @@ def check_join(
         )
 
 
-def _read_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _read_fields(path: Place) -> Iterator[tuple[int, list[str]]]:
     """(line number, fields) of each line that is not blank."""
     try:
         # One newline only ends a line: an id may hold any other character that looks like one.
-        with open(path, encoding="utf-8", newline="\n") as file:
+        with path.open(encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, start=1):
                 if fields := line.split():
                     yield number, fields

@@ -5,6 +5,8 @@ T tokens, V vision tokens, D width.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,21 @@ def load_backbone(path: str, dtype: torch.dtype, *, base: str | None = None) -> 
     """
     if is_adapter(path):
         return _load_adapted(path, dtype, base=base)
+    adapter, tokenizer = load_reader(path)
+    from transformers import AutoModelForImageTextToText
+
+    path = path.removeprefix(HUB_PREFIX)
+    with _loading(path):
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    use_packed_attention(model)
+    return model, adapter, tokenizer
+
+
+def load_reader(path: str, *, base: str | None = None) -> tuple[Adapter, Any]:
+    """Adapter and tokenizer of what `load_backbone` loads, without the weights; args and errors are its."""
+    if is_adapter(path):
+        adapter, tokenizer = load_reader(_base_of(path, base))
+        return adapter, _own_tokenizer(path) or tokenizer
     if path.startswith(HUB_PREFIX):
         # The hub library reads this once, when it is first imported.
         os.environ["HF_HUB_OFFLINE"] = "0"
@@ -60,37 +77,48 @@ def load_backbone(path: str, dtype: torch.dtype, *, base: str | None = None) -> 
         raise CheckpointError(
             f"{path}: no config.json there, so no checkpoint. Give a Transformers folder, or hf://OWNER/NAME."
         )
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    try:
-        config = AutoConfig.from_pretrained(path)
-        adapter = adapter_for(config, path)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    with _loading(path):
+        adapter = adapter_for(AutoConfig.from_pretrained(path), path)
         tokenizer = AutoTokenizer.from_pretrained(path)
+    _take_chat_template(tokenizer, path)
+    return adapter, tokenizer
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
             f"{path}: cannot be loaded ({str(error).splitlines()[0]}). Check the path."
         ) from None
-    use_packed_attention(model)
-    _take_chat_template(tokenizer, path)
-    return model, adapter, tokenizer
 
 
-def _load_adapted(path: str, dtype: torch.dtype, *, base: str | None) -> tuple[Any, Adapter, Any]:
+def _base_of(path: str, base: str | None) -> str:
     base = base or adapter_base(path)
     if not base.startswith(HUB_PREFIX) and not Path(base).exists():
         raise CheckpointError(
             f"{path}: an adapter trained on {base or 'a model that it does not name'}, which is not "
             f"here. Say where that is: base=FOLDER, or base={HUB_PREFIX}OWNER/NAME."
         )
-    model, adapter, tokenizer = load_backbone(base, dtype)
-    if (Path(path) / "tokenizer_config.json").exists():
-        from transformers import AutoTokenizer
+    return base
 
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    return merge_lora(load_adapter(model, path)), adapter, tokenizer
+
+def _own_tokenizer(path: str) -> Any:
+    if not (Path(path) / "tokenizer_config.json").exists():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _load_adapted(path: str, dtype: torch.dtype, *, base: str | None) -> tuple[Any, Adapter, Any]:
+    model, adapter, tokenizer = load_backbone(_base_of(path, base), dtype)
+    return merge_lora(load_adapter(model, path)), adapter, _own_tokenizer(path) or tokenizer
 
 
 def _take_chat_template(tokenizer: Any, path: str) -> None:
@@ -107,8 +135,7 @@ def add_tokens(model: Any, tokenizer: Any, tokens: tuple[str, ...], *, path: str
     Raises:
         CheckpointError: The config names other ids for them than the tokenizer.
     """
-    known = {token for token in tokens if _id_of(tokenizer, token) is not None}
-    tokenizer.add_tokens([token for token in tokens if token not in known], special_tokens=True)
+    known = add_missing_tokens(tokenizer, tokens)
     table = model.get_input_embeddings().weight
     fresh = []
     for token in tokens:
@@ -131,6 +158,13 @@ def add_tokens(model: Any, tokenizer: Any, tokens: tuple[str, ...], *, path: str
         head = model.get_output_embeddings()
         if head is not None and head.weight is not model.get_input_embeddings().weight:
             head.weight[fresh] = head.weight[: min(fresh)].float().mean(0).to(head.weight.dtype)
+
+
+def add_missing_tokens(tokenizer: Any, tokens: tuple[str, ...]) -> set[str]:
+    """Teach the tokenizer those of `tokens` that it lacks; returns those that it knew."""
+    known = {token for token in tokens if _id_of(tokenizer, token) is not None}
+    tokenizer.add_tokens([token for token in tokens if token not in known], special_tokens=True)
+    return known
 
 
 def _id_of(tokenizer: Any, token: str) -> int | None:

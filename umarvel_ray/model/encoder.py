@@ -17,9 +17,11 @@ from umarvel_ray.model.adapters import Adapter
 from umarvel_ray.model.attention import PackedLayout, log_kernel
 from umarvel_ray.model.backbone import (
     DTYPES,
+    add_missing_tokens,
     add_tokens,
     hidden_states,
     load_backbone,
+    load_reader,
     read_settings_file,
     released_temperature,
     resolve_settings,
@@ -30,6 +32,7 @@ from umarvel_ray.model.lora import set_trainable
 from umarvel_ray.model.pooling import mean_pool
 from umarvel_ray.model.prompts import ADDED_TOKENS
 from umarvel_ray.model.settings import DtypeName, EncoderSettings, LoraSettings
+from umarvel_ray.storage import local_model
 
 SETTINGS_FILE = "embedding.json"
 INITIAL_TEMPERATURE = 0.05
@@ -85,7 +88,7 @@ class Encoder(nn.Module):
         Raises:
             CheckpointError: Nothing loadable there, or it was made with other settings than `settings`.
         """
-        path = str(path)
+        path = local_model(path)
         stored = read_settings_file(Path(path) / SETTINGS_FILE)
         settings = resolve_settings(stored, settings, EncoderSettings, path=path)
         model, adapter, tokenizer = load_backbone(path, DTYPES[dtype], base=base)
@@ -173,3 +176,18 @@ class Encoder(nn.Module):
             folder / SETTINGS_FILE,
             {"settings": self.settings.model_dump(), "temperature": self.temperature.item()},
         )
+
+
+def load_input_builder(
+    path: str | Path, *, settings: EncoderSettings | None = None, base: str | None = None
+) -> InputBuilder:
+    """What `Encoder.load` has as `builder`, without the weights: for processes that only read.
+
+    Args and errors as `Encoder.load`.
+    """
+    path = local_model(path)
+    stored = read_settings_file(Path(path) / SETTINGS_FILE)
+    settings = resolve_settings(stored, settings, EncoderSettings, path=path)
+    adapter, tokenizer = load_reader(path, base=base)
+    add_missing_tokens(tokenizer, ADDED_TOKENS)
+    return InputBuilder(tokenizer, adapter, settings)

@@ -31,6 +31,7 @@ from umarvel_ray.model.lora import set_trainable
 from umarvel_ray.model.settings import DtypeName, LoraSettings, RerankerSettings
 from umarvel_ray.model.trees import ByteCache, Shown, Tree, TreeBuilder, pack_trees
 from umarvel_ray.model.visuals import Visual, pack_visuals
+from umarvel_ray.storage import local_model
 
 SETTINGS_FILE = "reranker.json"
 CACHE_BYTES = 2**30
@@ -80,7 +81,7 @@ class Reranker(nn.Module):
             CheckpointError: Nothing loadable there, it was made with other settings than `settings`, or Yes
                 and No are not two single tokens.
         """
-        path = str(path)
+        path = local_model(path)
         stored = read_settings_file(Path(path) / SETTINGS_FILE)
         settings = resolve_settings(stored, settings, RerankerSettings, path=path)
         model, adapter, tokenizer = load_backbone(path, DTYPES[dtype])

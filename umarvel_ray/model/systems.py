@@ -11,6 +11,7 @@ from umarvel_ray.config import Config
 from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.errors import CheckpointError
 from umarvel_ray.model.settings import DtypeName, EncoderSettings
+from umarvel_ray.storage import local_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,6 +109,7 @@ def load_embedder(
     Raises:
         CheckpointError: Nothing loadable there, or the folder is of another kind.
     """
+    path = local_model(path)
     folder = path.removeprefix("hf://")
     if not path.startswith("hf://") and not Path(path).is_dir():
         raise CheckpointError(f"{path}: no such folder, so no model. Give a folder or hf://OWNER/NAME.")

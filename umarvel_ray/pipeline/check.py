@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -24,6 +23,7 @@ from umarvel_ray.pipeline.stages import recipe
 from umarvel_ray.pipeline.view import View, short_time
 from umarvel_ray.retrieve.settings import EmbedConfig, RerankConfig, RerankRequest, SearchConfig
 from umarvel_ray.runtime.cluster import exposures
+from umarvel_ray.storage import at
 from umarvel_ray.train.settings import StageConfig
 
 RUN_FILE = "run.json"
@@ -62,7 +62,7 @@ def find_faults(run: RunConfig, *, images: ImageCheck = "exists") -> Findings:
 
     attempt(lambda: is_claimed(run.output, run_claim(run), claim=RUN_FILE))
 
-    if not run.backbone.startswith("hf://") and not (Path(run.backbone) / "config.json").exists():
+    if not run.backbone.startswith("hf://") and not (at(run.backbone) / "config.json").exists():
         faults.append(
             CheckpointError(
                 f"{run.backbone}: no config.json there, so no backbone. Give a Transformers folder or "

@@ -4,10 +4,10 @@ Each takes its settings, who does the work, and where to show progress, and retu
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from umarvel_ray import logs
@@ -35,6 +35,7 @@ from umarvel_ray.pipeline.view import View, short_time
 from umarvel_ray.retrieve.settings import EmbedConfig, RerankConfig, SearchConfig, run_path
 from umarvel_ray.runtime.cluster import RuntimeSettings, connected
 from umarvel_ray.runtime.metrics import publish
+from umarvel_ray.storage import Place, at, is_remote
 from umarvel_ray.train.settings import StageConfig
 
 logger = logging.getLogger(__name__)
@@ -77,26 +78,34 @@ def train(config: StageConfig, runtime: RuntimeSettings, view: View) -> Summary:
 
 def embed(config: EmbedConfig, runtime: RuntimeSettings, view: View) -> Summary:
     """Query sets and pools → embedding stores."""
-    from umarvel_ray.retrieve.embed import EmbeddingWorker, finish_stores, missing_shards
-    from umarvel_ray.runtime.pool import run_pool
+    from umarvel_ray.retrieve.embed import model_of, plan_stores
+    from umarvel_ray.runtime.embedding import Progress, embed_stores
 
-    tasks, rows_done = missing_shards(config)
-    rows = rows_done + sum(task.shard.num_rows for task in tasks)
-    started, tokens = time.perf_counter(), 0
-    with view.bar("embedding", rows, unit="records") as bar:
-        bar.at(rows_done)
-        for answer in run_pool(tasks, partial(EmbeddingWorker, config), runtime):
-            tokens += answer["tokens"]
-            bar.advance(answer["rows"], f"{tokens / (time.perf_counter() - started):,.0f} tokens/s")
-    finish_stores(config)
-    return {"rows": rows, "rows_found_finished": rows_done, "tokens": tokens}
+    plans = plan_stores(config)
+    with view.bar("embedding", sum(plan.num_rows for plan in plans), unit="records") as bar:
+
+        def show(progress: Progress) -> None:
+            if not progress.items:
+                bar.at(progress.rows_done)
+                return
+            rate, share = progress.items / progress.seconds, progress.busy_share
+            bar.at(
+                progress.rows_done,
+                f"{rate:,.0f} items/s  {progress.tokens / progress.seconds:,.0f} tokens/s  "
+                f"encoders {share:.0%} busy",
+            )
+
+        progress = embed_stores(plans, model_of(config), config, runtime, show)
+    summary = progress.summary()
+    write_json(at(config.output) / "summary.json", summary)
+    return summary
 
 
 def search(config: SearchConfig, runtime: RuntimeSettings, view: View) -> Summary:
     """Embedding stores → runs, local and global."""
     from umarvel_ray.runtime.searching import SearchTask, search
 
-    mbeir, stores = Mbeir(config.root), Path(config.embeddings)
+    mbeir, stores = Mbeir(config.root), at(config.embeddings)
     tasks: list[SearchTask] = []
     for request in config.requests:
         chosen = chosen_tasks(mbeir, request.split, config.tasks)
@@ -139,9 +148,9 @@ def mine(config: MineConfig, runtime: RuntimeSettings, view: View) -> Summary:
         (
             task.name,
             Run.read(run_path(config.search, "train", task.name, config.scope)),
-            Path(config.embeddings) / query_source(mbeir, task, "train").name,
+            at(config.embeddings) / query_source(mbeir, task, "train").name,
             [
-                Path(config.embeddings) / source.name
+                at(config.embeddings) / source.name
                 for source in (
                     everything if config.scope == "global" else [local_pool_source(mbeir, task, "train")]
                 )
@@ -150,8 +159,8 @@ def mine(config: MineConfig, runtime: RuntimeSettings, view: View) -> Summary:
         for task in tasks
     ]
     mined, report = mine_run(parts, qrels, mbeir.global_pool("train"), config.mining, seed=config.seed)
-    mined.write(Path(config.output) / "negatives.arrow")
-    write_json(Path(config.output) / "mining_report.json", report)
+    mined.write(at(config.output) / "negatives.arrow")
+    write_json(at(config.output) / "mining_report.json", report)
     counts = report["counts"]
     first = {key: counts[key] for key in ("queries", "negatives_kept", "hits_filtered", "queries_short")}
     return {**first, **counts}
@@ -164,7 +173,7 @@ def rerank(config: RerankConfig, runtime: RuntimeSettings, view: View) -> Summar
     from umarvel_ray.retrieve.scores import write_table
     from umarvel_ray.runtime.reranking import score_lists
 
-    output = Path(config.output)
+    output = at(config.output)
     lists = scored_lists(config)
     started, fresh = time.perf_counter(), 0
     with view.bar("re-ranking", sum(len(one.rows) for one in lists), unit="queries") as bar:
@@ -181,7 +190,7 @@ def rerank(config: RerankConfig, runtime: RuntimeSettings, view: View) -> Summar
         on_val = {one.name: own for one, own in zip(lists, scores, strict=True) if one.split == "val"}
         tuned = tune_alpha(on_val, {name: _ranking_quality(config, name) for name in on_val})
     elif config.alpha_from:
-        tuned = read_json(Path(config.alpha_from) / "alpha.json")
+        tuned = read_json(at(config.alpha_from) / "alpha.json")
     else:
         tuned = {"alpha": config.alpha, "curve": [], "tasks": {}}
     fusion = Fusion(
@@ -267,7 +276,7 @@ def evaluate(config: EvaluateConfig, runtime: RuntimeSettings, view: View) -> Su
         settings={"runs": _settings_of(config.runs), "split": config.split},
         versions=library_versions(),
     )
-    write_json(Path(config.output) / "results.json", results)
+    write_json(at(config.output) / "results.json", results)
     return {"mean": results["mean"], "flags": results["flags"]}
 
 
@@ -275,8 +284,8 @@ def report(config: ReportConfig, runtime: RuntimeSettings, view: View) -> Summar
     """Everything measured → `report.html`, `report.md`, `report.json`."""
     from umarvel_ray.evaluate.report import build_report
 
-    build_report(config, Path(config.output))
-    return {"page": str(Path(config.output) / "report.html")}
+    build_report(config, at(config.output))
+    return {"page": str(at(config.output) / "report.html")}
 
 
 JOBS: dict[str, tuple[type[Config], Callable[[Any, RuntimeSettings, View], Summary]]] = {
@@ -300,7 +309,7 @@ def perform(kind: str, config: Config, runtime: RuntimeSettings, view: View, *, 
     Raises:
         OutputError: The output folder belongs to a job with other settings, or another process works there.
     """
-    output = Path(config.output)  # type: ignore[attr-defined]
+    output = at(config.output)  # type: ignore[attr-defined]
     title = title or kind
     settings = claimed_settings(kind, config)
     resumed = is_claimed(output, settings)
@@ -344,12 +353,12 @@ def _paths(value: Any) -> list[str]:
         return [path for item in value.values() for path in _paths(item)]
     if isinstance(value, list):
         return [path for item in value for path in _paths(item)]
-    return [value] if isinstance(value, str) and value.startswith("/") else []
+    return [value] if isinstance(value, str) and (value.startswith("/") or is_remote(value)) else []
 
 
-def _owner(path: str) -> Path | None:
+def _owner(path: str) -> Place | None:
     """The claim of the job in whose folder `path` lies."""
-    for folder in (Path(path), *Path(path).parents):
+    for folder in (at(path), *at(path).parents):
         if (folder / JOB_FILE).is_file():
             return folder / JOB_FILE
     return None
@@ -360,9 +369,9 @@ def _settings_of(path: str) -> Any:
     return read_json(owner)["settings"] if owner else None
 
 
-def seconds_of(output: str | Path) -> float | None:
+def seconds_of(output: str | os.PathLike) -> float | None:
     """How long a finished job took; None where it is not finished."""
-    done = Path(output) / DONE_FILE
+    done = at(output) / DONE_FILE
     return read_json(done).get("seconds") if done.exists() else None
 
 

@@ -18,6 +18,7 @@ from umarvel_ray.pipeline.stages import Job, recipe
 from umarvel_ray.pipeline.versions import library_versions
 from umarvel_ray.pipeline.view import View, short_time
 from umarvel_ray.runtime.cluster import RuntimeSettings, connected
+from umarvel_ray.storage import Place, at
 
 
 def load_run(config: Path, overrides: Sequence[str]) -> RunConfig:
@@ -46,7 +47,7 @@ def run_recipe(run: RunConfig, view: View) -> None:
         OutputError: The output folder belongs to a run with other settings.
         UmarvelError: Settings or data are faulty, or a job fails.
     """
-    output = Path(run.output)
+    output = at(run.output)
     os.environ.setdefault(logs.RUN_VARIABLE, run.output)
     jobs = recipe(run)
     finished = sum(is_finished(job.config.output) for job in jobs)  # type: ignore[attr-defined]
@@ -83,7 +84,7 @@ def _with_facts(config: ReportConfig, run: RunConfig, jobs: Sequence[Job]) -> Re
     return config.model_copy(update={"facts": facts})
 
 
-def print_results(results: Sequence[Path], view: View) -> None:
+def print_results(results: Sequence[Place], view: View) -> None:
     """The table of results: tasks × stages, local and global."""
     from umarvel_ray.evaluate.benchmark import print_results_table
 
@@ -91,7 +92,7 @@ def print_results(results: Sequence[Path], view: View) -> None:
 
 
 def _print_end(jobs: Sequence[Job], view: View) -> None:
-    results = [Path(job.config.output) / "results.json" for job in jobs if job.kind == "evaluate"]  # type: ignore[attr-defined]
+    results = [at(job.config.output) / "results.json" for job in jobs if job.kind == "evaluate"]  # type: ignore[attr-defined]
     if results:
         print_results(results, view)
     for job in jobs:

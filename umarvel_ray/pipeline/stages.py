@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from umarvel_ray.config import Config
@@ -24,6 +23,7 @@ from umarvel_ray.retrieve.settings import (
     SearchRequest,
     Split,
 )
+from umarvel_ray.storage import at
 from umarvel_ray.train.settings import CHECKPOINT, CaptionData, MbeirData, NliData, StageConfig
 
 _BASELINES = {
@@ -153,11 +153,11 @@ class _Plan:
         self._mining: list[MiningInput] = []
 
     def _folder(self, kind: str, name: str) -> str:
-        return str(Path(self._run.output) / kind / name)
+        return str(at(self._run.output) / kind / name)
 
     def checkpoint(self, stage: str) -> str:
         """Where a training stage leaves its checkpoint."""
-        return str(Path(self._folder("train", stage)) / CHECKPOINT)
+        return str(at(self._folder("train", stage)) / CHECKPOINT)
 
     def _add(self, kind: str, name: str, title: str, config: Config) -> None:
         self.jobs.append(Job(name=f"{kind}/{name}", kind=kind, title=title, config=config))
@@ -248,7 +248,7 @@ class _Plan:
         folder = self._folder("mine", name)
         config = MineConfig(
             search=search,
-            embeddings=self._folder("embed", Path(search).name),
+            embeddings=self._folder("embed", at(search).name),
             output=folder,
             root=self._run.data.root,
             scope=scope,
@@ -329,7 +329,7 @@ class _Plan:
             return
         config = ReportConfig(
             title=self._run.title,
-            output=str(Path(self._run.output) / "report"),
+            output=str(at(self._run.output) / "report"),
             data=self._run.data.root,
             stages=tuple(self._columns),
             training=tuple(self._curves),

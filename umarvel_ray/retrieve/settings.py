@@ -1,6 +1,6 @@
 """What is embedded, searched, mined and re-scored. Importing this loads no torch."""
 
-from pathlib import Path
+import os
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
@@ -9,14 +9,15 @@ from umarvel_ray.config import Config, PathSetting
 from umarvel_ray.data.sources import InstructionChoice
 from umarvel_ray.model.settings import DtypeName
 from umarvel_ray.model.systems import OurSystem, System
+from umarvel_ray.storage import Place, at
 
 Split = Literal["train", "val", "test"]
 Scope = Literal["local", "global"]
 
 
-def run_path(folder: str | Path, split: str, task: str, scope: str) -> Path:
+def run_path(folder: str | os.PathLike, split: str, task: str, scope: str) -> Place:
     """Where a search or scoring job keeps the run of a task."""
-    return Path(folder) / split / f"{task}.{scope}.arrow"
+    return at(folder) / split / f"{task}.{scope}.arrow"
 
 
 class EmbedConfig(Config):
@@ -34,7 +35,21 @@ class EmbedConfig(Config):
     instruction: InstructionChoice = "first"
     seed: NonNegativeInt = 0
     """Of a seeded instruction choice."""
+    pools: tuple[PathSetting, ...] = ()
+    """Pool files beside those of the splits, in M-BEIR's lines; their image paths start at `root`."""
+    only: tuple[str, ...] | None = None
+    """Stores by name, such as `pools/mscoco_task0_test`; all of the above by default."""
     rows_per_shard: PositiveInt = 8192
+    """Finished together; what a kill can cost one actor. Shards are fixed ranges of rows."""
+    window_rows: PositiveInt = 512
+    """Rows read, sorted by length and packed together; bounds memory whatever the shard's size."""
+    duplicates: Literal["once", "each"] = "once"
+    """Embed equal content (same text, instruction and image bytes) once per store. `each` saves the pass over
+    the images that finding it takes."""
+    bad_items: Literal["fail", "skip"] = "fail"
+    """What a row that cannot be read does: stop the job, or be left out and listed in `errors.jsonl`."""
+    max_bad_share: float = Field(default=0.001, ge=0, le=1)
+    """Of all rows of the job: with more of them left out it stops."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Of the stored vectors."""
     compute_dtype: DtypeName = "float32"

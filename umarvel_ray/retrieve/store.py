@@ -1,16 +1,18 @@
 """Embedding stores: a folder of Arrow IPC shards (id, vector) and, written last, a manifest.
 
-A shard is a fixed range of rows, one file, one record batch; it appears by rename and carries in its schema's
-metadata what decided it and a checksum of its buffers. Any Arrow reader opens it. Axes: N rows, D width.
+A shard is a fixed range of the source's rows, one file, one record batch; it appears whole and carries in its
+schema's metadata what decided it, a checksum of its buffers and the rows that had to be left out. Any Arrow
+reader opens it. A folder may lie in object storage; shards are then fetched once per machine to be mapped.
+Axes: N rows, D width.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,12 +21,17 @@ import pyarrow as pa
 from umarvel_ray.artifacts import atomic_write, read_json, write_json
 from umarvel_ray.artifacts import fingerprint as fingerprint_of
 from umarvel_ray.errors import DataError, OutputError, ShardError
+from umarvel_ray.storage import Place, RemotePath, at, local_file
 
 StoredDtype = Literal["float16", "float32", "bfloat16"]
 """How vectors lie on disk; bfloat16, which Arrow lacks, as the upper half of a float32 in a uint16."""
 
 MANIFEST = "manifest.json"
-_FORMAT = 1
+ERROR_TABLE = "errors.jsonl"
+"""Rows that were left out: one object a line. Only where there are some."""
+_FORMAT = 2
+_READERS = 16
+"""Shards whose heads are read at a time: object storage answers each in tens of milliseconds."""
 _METADATA_KEY = b"umarvel_ray.shard"
 _NUMPY_DTYPES = {
     "float16": np.dtype(np.float16),
@@ -34,8 +41,25 @@ _NUMPY_DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row of the source that could not be embedded.
+
+    Attributes:
+        row: In the source, from 0.
+        id: Its qid or did; None where not even that could be read.
+        where: `file:line`.
+        error: What is wrong with it.
+    """
+
+    row: int
+    id: str | None
+    where: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class ShardRange:
-    """Rows `start` to `stop` (exclusive) of a store, in one file."""
+    """Rows `start` to `stop` (exclusive) of a source, in one file."""
 
     index: int
     start: int
@@ -72,31 +96,38 @@ def write_shard(
     *,
     dtype: StoredDtype,
     fingerprint: str,
+    bad: Sequence[BadRow] = (),
+    counts: Mapping[str, int] | None = None,
+    name: str | None = None,
 ) -> None:
-    """Write one shard by rename; a file that stands there is replaced.
+    """Write one shard, whole or not at all; a file that stands there is replaced.
 
     Args:
         folder: The store's folder.
         shard: Which rows these are.
-        ids: Their qids or dids, each once.
+        ids: Their qids or dids, each once, bad rows left out.
         vectors: (N, D), anything NumPy reads as floating point; rounded to nearest even.
         dtype: How to store them.
         fingerprint: Names everything that decides the content: checkpoint, prompts, data, rows per shard.
+        bad: Rows of the range that are left out, and why.
+        counts: What it took, as a pure function of the content: summed in the manifest.
+        name: Of a part of a shard, which may hold some of its rows only.
 
     Raises:
         DataError: An id repeats, or a vector, as stored, is zero or not finite.
         ShardError: Numbers of rows differ, or `dtype` is unknown.
     """
-    path = Path(folder) / shard.file_name
+    path = at(folder) / (name or shard.file_name)
     if dtype not in get_args(StoredDtype):
         raise ShardError(
             f"{path}: dtype {dtype!r} is unknown. Give one of {', '.join(get_args(StoredDtype))}."
         )
     vectors_ND = np.ascontiguousarray(vectors, dtype=np.float32)
-    if vectors_ND.ndim != 2 or not len(ids) == len(vectors_ND) == shard.num_rows:
+    num_rows = len(ids) if name else shard.num_rows - len(bad)
+    if vectors_ND.ndim != 2 or not len(ids) == len(vectors_ND) == num_rows:
         raise ShardError(
             f"{path}: {len(ids)} ids and vectors of shape {vectors_ND.shape} for rows {shard.start} to "
-            f"{shard.stop}. Give one id and one vector per row."
+            f"{shard.stop}, {len(bad)} of them left out. Give one id and one vector per row."
         )
     if len(set(ids)) != len(ids):
         raise DataError(f"{path}: {_repeated(pa.array(ids))}")
@@ -115,6 +146,9 @@ def write_shard(
         "index": shard.index,
         "start": shard.start,
         "stop": shard.stop,
+        "rows": len(ids),
+        "bad": [asdict(row) for row in bad],
+        "counts": dict(counts or {}),
         "dim": width,
         "dtype": dtype,
         "sha256": _checksum(id_column, stored_ND),
@@ -131,33 +165,35 @@ def write_shard(
         writer.write_batch(batch)
 
 
-def finished_shards(folder: str | os.PathLike, plan: Sequence[ShardRange], fingerprint: str) -> set[int]:
-    """Indexes of the planned shards whose files stand whole; a missing or broken file is not finished.
+def finished_shards(
+    folder: str | os.PathLike, plan: Sequence[ShardRange], fingerprint: str
+) -> dict[int, dict[str, Any]]:
+    """Metadata, by index, of the planned shards whose files stand whole; missing or broken ones are left out.
 
     Raises:
         ShardError: A shard was made with other settings, or belongs to another plan.
     """
-    folder = Path(folder)
+    folder = at(folder)
     planned = {shard.file_name: shard for shard in plan}
-    finished: set[int] = set()
-    for path in sorted(folder.glob("shard-*.arrow")):
-        opened = _open_shard(path)
-        if opened is None:
-            continue
-        metadata, _ = opened
-        if metadata["fingerprint"] != fingerprint:
-            raise ShardError(
-                f"{path}: made with other settings: fingerprint {metadata['fingerprint']}, wanted "
-                f"{fingerprint}. Give another output folder, or remove this one to start again."
-            )
-        shard = planned.get(path.name)
-        if shard is None or (metadata["start"], metadata["stop"]) != (shard.start, shard.stop):
-            where = f"rows {shard.start} to {shard.stop}" if shard else f"a plan of {len(plan)} shards"
-            raise ShardError(
-                f"{path}: holds rows {metadata['start']} to {metadata['stop']}, wanted {where}. "
-                "Keep the rows per shard, or give another output folder."
-            )
-        finished.add(shard.index)
+    finished: dict[int, dict[str, Any]] = {}
+    paths = sorted(folder.glob("shard-*.arrow"))
+    with ThreadPoolExecutor(_READERS) as threads:
+        for path, metadata in zip(paths, threads.map(shard_metadata, paths), strict=True):
+            if metadata is None:
+                continue
+            if metadata["fingerprint"] != fingerprint:
+                raise ShardError(
+                    f"{path}: made with other settings: fingerprint {metadata['fingerprint']}, wanted "
+                    f"{fingerprint}. Give another output folder, or remove this one to start again."
+                )
+            shard = planned.get(path.name)
+            if shard is None or (metadata["start"], metadata["stop"]) != (shard.start, shard.stop):
+                where = f"rows {shard.start} to {shard.stop}" if shard else f"a plan of {len(plan)} shards"
+                raise ShardError(
+                    f"{path}: holds rows {metadata['start']} to {metadata['stop']}, wanted {where}. "
+                    "Keep the rows per shard, or give another output folder."
+                )
+            finished[shard.index] = metadata
     return finished
 
 
@@ -167,20 +203,24 @@ def finish_store(
     *,
     fingerprint: str,
     settings: Mapping[str, Any],
+    unique_ids: bool = False,
 ) -> "EmbeddingStore":
     """Check that all shards belong together and write the manifest, which makes the store complete.
+
+    Rows that were left out are listed in `errors.jsonl` beside it.
 
     Args:
         folder: The store's folder.
         plan: All its shards.
         fingerprint: That of the shards.
         settings: JSON for the reader: checkpoint, prompts, data; kept in the manifest.
+        unique_ids: The source was found to hold each id once: they need not be read again.
 
     Raises:
         ShardError: A shard is missing, or shards differ in width or dtype.
         DataError: The plan is empty, or an id stands in two rows.
     """
-    folder = Path(folder)
+    folder = at(folder)
     if not plan:
         raise DataError(f"{folder}: a store of no rows. Look whether the data file is empty.")
     finished = finished_shards(folder, plan, fingerprint)
@@ -189,37 +229,48 @@ def finish_store(
             f"{folder}: {len(missing)} of {len(plan)} shards are missing or broken (first: "
             f"{missing[0].file_name}). Run the embedding again; finished shards are kept."
         )
-    first, _ = _require_shard(folder / plan[0].file_name)
-    entries, id_columns = [], []
+    filled = [shard for shard in plan if finished[shard.index]["rows"]] or [plan[0]]
+    first, entries, bad, counts, stop = finished[filled[0].index], [], [], {}, 0
     for shard in plan:
-        path = folder / shard.file_name
-        metadata, batch = _require_shard(path)
+        path, metadata = folder / shard.file_name, finished[shard.index]
         for key in ("dim", "dtype"):
-            if metadata[key] != first[key]:
+            if metadata["rows"] and metadata[key] != first[key]:
                 raise ShardError(
-                    f"{path}: {key} {metadata[key]}, but {plan[0].file_name} has {first[key]}. "
+                    f"{path}: {key} {metadata[key]}, but {filled[0].file_name} has {first[key]}. "
                     "Remove the folder and embed again."
                 )
         entries.append(
             {
                 "file": shard.file_name,
-                "start": shard.start,
-                "stop": shard.stop,
+                "start": stop,
+                "stop": stop + metadata["rows"],
+                "source_rows": [shard.start, shard.stop],
                 "bytes": path.stat().st_size,
                 "sha256": metadata["sha256"],
             }
         )
-        id_columns.append(batch.column(0))
-    ids = pa.chunked_array(id_columns)
-    if len(ids.unique()) != len(ids):
-        raise DataError(f"{folder}: {_repeated(ids)}")
+        stop += metadata["rows"]
+        bad += metadata["bad"]
+        for key, count in metadata["counts"].items():
+            counts[key] = counts.get(key, 0) + count
+    if not stop:
+        raise DataError(f"{folder}: all {len(bad)} rows are bad (first: {bad[0]['error']}). Mend the data.")
+    if not unique_ids:
+        ids = pa.chunked_array([_require_shard(folder / entry["file"])[1].column(0) for entry in entries])
+        if len(ids.unique()) != len(ids):
+            raise DataError(f"{folder}: {_repeated(ids)}")
+    if bad:
+        with atomic_write(folder / ERROR_TABLE) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in bad)
     manifest = {
         "format": _FORMAT,
-        "num_rows": len(ids),
+        "num_rows": stop,
+        "num_bad": len(bad),
         "dim": first["dim"],
         "dtype": first["dtype"],
         "fingerprint": fingerprint,
         "settings": dict(settings),
+        "counts": counts,
         "shards": entries,
     }
     write_json(folder / MANIFEST, manifest)
@@ -236,15 +287,19 @@ class EmbeddingStore:
         settings: What made it, as given to `finish_store`.
         fingerprint: 16 hex digits that name content and settings.
         shards: Its row ranges, in order.
+        counts: What it took: items embedded, tokens, copies of equal content.
+        num_bad: Rows of the source that were left out; `errors.jsonl` names them.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
         """See `open`."""
-        self.folder = Path(os.path.abspath(folder))
+        self.folder: Place = at(folder)
         manifest = _read_manifest(self.folder)
         self.dim: int = manifest["dim"]
         self.dtype: StoredDtype = manifest["dtype"]
         self.settings: dict[str, Any] = manifest["settings"]
+        self.counts: dict[str, int] = manifest["counts"]
+        self.num_bad: int = manifest["num_bad"]
         self._entries: list[dict[str, Any]] = manifest["shards"]
         self.fingerprint = fingerprint_of(manifest)
         self.shards = [ShardRange(i, entry["start"], entry["stop"]) for i, entry in enumerate(self._entries)]
@@ -280,7 +335,7 @@ class EmbeddingStore:
     @cached_property
     def ids(self) -> pa.ChunkedArray:
         """(N,) strings, one chunk per shard, memory-mapped."""
-        return pa.chunked_array([self._batch(shard.index).column(0) for shard in self.shards])
+        return pa.chunked_array([self._batch(s.index).column(0) for s in self.shards if s.num_rows])
 
     def vectors(self, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` (exclusive), (N, D) float32, a copy of the caller's own."""
@@ -293,6 +348,8 @@ class EmbeddingStore:
         for shard in self.shards[first:]:
             if shard.start >= stop:
                 break
+            if not shard.num_rows:  # all its rows were left out
+                continue
             lo, hi = max(start, shard.start), min(stop, shard.stop)
             stored_ND = self._stored(shard.index)[lo - shard.start : hi - shard.start]
             _decode(stored_ND, self.dtype, out=out_ND[lo - start : hi - start])
@@ -341,16 +398,17 @@ class EmbeddingStore:
             )
 
     def _check_files(self) -> None:
-        odd = []
-        for entry in self._entries:
-            try:
-                size = (self.folder / entry["file"]).stat().st_size
-            except FileNotFoundError:
-                size = None
-            if size != entry["bytes"]:
-                odd.append(
-                    (entry["file"], "missing" if size is None else f"{size} bytes, not {entry['bytes']}")
-                )
+        """By name and size; one listing answers for all."""
+        if isinstance(self.folder, RemotePath):
+            sizes = {name: status.st_size for name, status in self.folder.files().items()}
+        else:
+            with os.scandir(self.folder) as found:
+                sizes = {file.name: file.stat().st_size for file in found}
+        odd = [
+            (entry["file"], "missing" if size is None else f"{size} bytes, not {entry['bytes']}")
+            for entry in self._entries
+            if (size := sizes.get(entry["file"])) != entry["bytes"]
+        ]
         if odd:
             raise ShardError(
                 f"{self.folder}: {len(odd)} of {len(self._entries)} shards are not as the manifest says "
@@ -468,7 +526,9 @@ def _decode(stored_ND: np.ndarray, dtype: StoredDtype, out: np.ndarray | None = 
     return out
 
 
-def _refuse_bad_vectors(path: Path, ids: Any, vectors_ND: np.ndarray) -> None:
+def _refuse_bad_vectors(path: Place, ids: Any, vectors_ND: np.ndarray) -> None:
+    if not len(vectors_ND):
+        return
     finite = np.isfinite(vectors_ND).all(axis=1)
     nonzero = vectors_ND.any(axis=1)
     for good, what in ((finite, "not finite"), (nonzero, "zero")):
@@ -505,21 +565,51 @@ def _vectors_of(batch: pa.RecordBatch) -> np.ndarray:
     return column.values.to_numpy(zero_copy_only=True).reshape(len(column), -1)
 
 
-def _open_shard(path: Path) -> tuple[dict[str, Any], pa.RecordBatch] | None:
+def shard_metadata(path: Place) -> dict[str, Any] | None:
+    """What a shard says of itself; None where the file is missing or broken.
+
+    A local file is looked at to its end; an object, which is never visible in part, by its foot alone.
+    """
+    if not isinstance(path, RemotePath):
+        opened = _open_shard(path)
+        return None if opened is None else opened[0]
+    try:
+        with path.arrow_file() as file:
+            return _metadata_of(pa.ipc.open_file(file))
+    except (OSError, KeyError, ValueError, pa.ArrowException):
+        return None
+
+
+def open_shard(path: Place) -> tuple[dict[str, Any], list[str], np.ndarray]:
+    """Metadata, ids, and vectors (N, D) float32 of one shard.
+
+    Raises:
+        ShardError: It is missing or broken.
+    """
+    metadata, batch = _require_shard(path)
+    return metadata, batch.column(0).to_pylist(), _decode(_vectors_of(batch), metadata["dtype"])
+
+
+def _metadata_of(reader: pa.ipc.RecordBatchFileReader) -> dict[str, Any]:
+    metadata = json.loads((reader.schema.metadata or {})[_METADATA_KEY])
+    if metadata["format"] != _FORMAT or reader.num_record_batches != 1:
+        raise ValueError("not a shard of this format")
+    return metadata
+
+
+def _open_shard(path: Place) -> tuple[dict[str, Any], pa.RecordBatch] | None:
     """Metadata and memory-mapped content; None where the file is missing or broken."""
     try:
-        with pa.memory_map(os.fspath(path)) as source:
+        with pa.memory_map(str(local_file(path))) as source:
             reader = pa.ipc.open_file(source)
-            metadata = json.loads((reader.schema.metadata or {})[_METADATA_KEY])
+            metadata = _metadata_of(reader)
             batch = reader.get_batch(0)
     except (OSError, KeyError, ValueError, pa.ArrowException):
         return None
-    if batch.num_rows != metadata["stop"] - metadata["start"] or reader.num_record_batches != 1:
-        return None
-    return metadata, batch
+    return (metadata, batch) if batch.num_rows == metadata["rows"] else None
 
 
-def _require_shard(path: Path) -> tuple[dict[str, Any], pa.RecordBatch]:
+def _require_shard(path: Place) -> tuple[dict[str, Any], pa.RecordBatch]:
     opened = _open_shard(path)
     if opened is None:
         raise ShardError(
@@ -528,7 +618,7 @@ def _require_shard(path: Path) -> tuple[dict[str, Any], pa.RecordBatch]:
     return opened
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Place) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = read_json(path)
@@ -538,7 +628,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except OutputError as error:
         raise ShardError(str(error)) from None
-    wanted = {"format", "num_rows", "dim", "dtype", "settings", "shards"}
+    wanted = {"format", "num_rows", "num_bad", "dim", "dtype", "settings", "counts", "shards"}
     if not isinstance(manifest, dict) or not wanted <= manifest.keys() or manifest["format"] != _FORMAT:
         raise ShardError(f"{path}: not a manifest of format {_FORMAT}. Run the embedding again.")
     if not manifest["shards"] or manifest["shards"][-1]["stop"] != manifest["num_rows"]:

@@ -50,6 +50,11 @@ class RuntimeSettings(Config):
     """Training workers; the lanes into which a step is cut. `local` plays them all."""
     num_actors: PositiveInt = 1
     """Actors that embed, search and rerank."""
+    max_actors: PositiveInt | None = None
+    """Up to which a pool that embeds or re-ranks may grow while there is work and the cluster has room; it
+    shrinks to `num_actors` when there is less. None: it stays at `num_actors`."""
+    readers: PositiveInt = 2
+    """Windows read ahead for each shard under work, on any CPU of the cluster."""
     cpus: PositiveInt = 1
     """CPUs of one worker or actor."""
     gpus: NonNegativeFloat = 0

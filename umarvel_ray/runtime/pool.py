@@ -46,9 +46,15 @@ class _Shell(_Actor):
 
 
 def run_pool(
-    tasks: Sequence[Any], make_worker: MakeWorker, runtime: RuntimeSettings
+    tasks: Sequence[Any], make_worker: MakeWorker, runtime: RuntimeSettings, *, calls_at_once: int = 1
 ) -> Iterator[dict[str, Any]]:
     """Work off `tasks`; yields each answer as it comes, in any order.
+
+    Args:
+        tasks: Each handed to one worker.
+        make_worker: Makes a worker, on its actor.
+        runtime: Who does the work: from `num_actors` to `max_actors` actors.
+        calls_at_once: Tasks that one worker works on at a time, in threads; it has to guard what it shares.
 
     Raises:
         UmarvelError: What a worker raised first.
@@ -66,14 +72,21 @@ def run_pool(
 
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    size = min(runtime.num_actors, len(tasks))
+    most = min(max(runtime.num_actors, runtime.max_actors or 0), len(tasks))
     dataset = ray.data.from_items(
         [{"task": pickle.dumps(task)} for task in tasks], override_num_blocks=len(tasks)
     ).map_batches(
         _Shell,
         fn_constructor_args=(make_worker, runtime),
         batch_size=1,
-        compute=ActorPoolStrategy(size=size),
+        compute=ActorPoolStrategy(
+            min_size=min(runtime.num_actors, len(tasks)),
+            max_size=most,
+            max_concurrent_calls_per_actor=calls_at_once,
+            # Ray grows a pool whose actors have 1.75 tasks per call waiting: fewer could never grow.
+            max_tasks_in_flight_per_actor=2 * calls_at_once,
+            enable_true_multi_threading=calls_at_once > 1,
+        ),
         num_cpus=runtime.cpus,
         num_gpus=runtime.gpus or None,
     )
@@ -82,6 +95,47 @@ def run_pool(
         if isinstance(answer, UmarvelError):
             raise answer
         yield answer
+
+
+def run_tasks(
+    tasks: Sequence[Any], function: Callable[[Any], Any], runtime: RuntimeSettings
+) -> Iterator[Any]:
+    """Apply a function without state to each task, on any CPU; yields answers as they come, in any order.
+
+    Raises:
+        UmarvelError: What the function raised first.
+    """
+    if runtime.kind == "local" or not tasks:
+        yield from map(function, tasks)
+        return
+    import ray
+
+    remote = ray.remote(num_cpus=1, max_retries=-1)(_answer_of)
+    waiting: list[Any] = []
+    rest = iter(tasks)
+    # Two for each CPU: none idles, nothing piles up.
+    room = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    try:
+        while True:
+            while len(waiting) < room and (task := next(rest, None)) is not None:
+                waiting.append(remote.remote(function, task))
+            if not waiting:
+                return
+            (ready,), waiting = ray.wait(waiting, num_returns=1)
+            answer = ray.get(ready)
+            if isinstance(answer, UmarvelError):
+                raise answer
+            yield answer
+    finally:
+        for task in waiting:
+            ray.cancel(task)
+
+
+def _answer_of(function: Callable[[Any], Any], task: Any) -> Any:
+    try:
+        return function(task)
+    except UmarvelError as error:
+        return error
 
 
 def run_actors(
