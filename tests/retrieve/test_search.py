@@ -3,9 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from umarvel_ray.errors import DataError
-from umarvel_ray.retrieve.search import TopK, _Part, _Tile, exact_scores, merge_top_k, top_k
+from umarvel_ray.retrieve import search
+from umarvel_ray.retrieve.search import TopK, merge_top_k, top_k
+from umarvel_ray.retrieve.tiles import Bounds, Narrow, Tile, multiplies_int8
+
+PASSES = ["float32", "bfloat16"] + ["int8"] * multiplies_int8("cpu")
 
 
 def random_unit(num: int, dim: int, seed: int) -> np.ndarray:
@@ -38,9 +44,9 @@ def assert_same_bits(left: TopK, right: TopK) -> None:
     assert left.rows_QK.dtype == np.int64 and left.scores_QK.dtype == np.float32
 
 
-@pytest.mark.parametrize("first_pass", ["float32", "bfloat16"])
+@pytest.mark.parametrize("first_pass", PASSES)
 @pytest.mark.parametrize("kind", ["random", "clustered", "duplicated", "equal", "near"])
-@pytest.mark.parametrize("k", [1, 10, 900])
+@pytest.mark.parametrize("k", [1, 10, 1000])
 def test_equals_a_float64_brute_force_ties_included(kind, k, first_pass):
     candidates = pool(kind, 700)
     queries = np.concatenate([random_unit(5, 48, seed=3), candidates[:4]])
@@ -51,11 +57,12 @@ def test_equals_a_float64_brute_force_ties_included(kind, k, first_pass):
 
 def test_many_tiles_pass_over_most_candidates_and_still_agree():
     candidates, queries = random_unit(9000, 32, seed=4), random_unit(40, 32, seed=5)
-    found = top_k(queries, np.array_split(candidates, 5), 7, first_pass="bfloat16", tile_columns=1024)
-    assert_same_bits(found, brute_force(queries, candidates, 7))
+    for first_pass in PASSES:
+        found = top_k(queries, np.array_split(candidates, 5), 7, first_pass=first_pass, tile_columns=1024)
+        assert_same_bits(found, brute_force(queries, candidates, 7))
 
 
-@pytest.mark.parametrize("first_pass", ["float32", "bfloat16"])
+@pytest.mark.parametrize("first_pass", PASSES)
 def test_how_it_is_cut_does_not_move_a_bit(first_pass):
     candidates, queries = pool("duplicated", 501, 40), random_unit(23, 40, seed=6)
     whole = top_k(queries, candidates, 30, first_pass="float32")
@@ -84,17 +91,10 @@ def test_survivors_beyond_the_memory_bound_are_scored_in_turns(monkeypatch):
     assert_same_bits(top_k(queries, candidates, 5, tile_columns=64), brute_force(queries, candidates, 5))
 
 
-def test_a_score_depends_on_its_two_vectors_alone():
-    left, right = (torch.from_numpy(random_unit(64, 129, seed)) for seed in (9, 10))
-    together = exact_scores(left, right)
-    alone = torch.cat([exact_scores(left[i : i + 1], right[i : i + 1]) for i in range(64)])
-    assert together.numpy().tobytes() == alone.numpy().tobytes()
-
-
 def test_long_and_short_vectors_keep_the_error_bound():
     scale = np.float32(10.0) ** np.random.default_rng(11).integers(-6, 7, size=(600, 1)).astype(np.float32)
     candidates, queries = random_unit(600, 24, seed=12) * scale, random_unit(8, 24, seed=13) * scale[:8]
-    for first_pass in ("float32", "bfloat16"):
+    for first_pass in PASSES:
         assert_same_bits(
             top_k(queries, candidates, 9, first_pass=first_pass), brute_force(queries, candidates, 9)
         )
@@ -119,19 +119,83 @@ def test_refusals_say_where():
         top_k(candidates * np.float32(1e18), candidates * np.float32(1e18), 3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_error_bound_holds_for_every_tile_score(dtype):
+@pytest.mark.parametrize("precision", PASSES)
+def test_the_error_bound_holds_for_every_product(precision):
     """Results could be right by luck; the bound itself is what makes them exact."""
-    candidates = torch.from_numpy(pool("clustered", 2000, 64))
+    candidates = torch.from_numpy(pool("clustered", 2000, 64)) * torch.linspace(0.5, 2, 2000)[:, None]
     queries = torch.cat([torch.from_numpy(random_unit(20, 64, seed=16)), candidates[:20]])
-    tile = _Tile.of(candidates, 0, 2000, dtype)
-    part = _Part(queries, 5, dtype)
-    scores = (part._low_QD @ tile.low_CD.T).double()
-    slack_Q, relative = part._error(tile, dtype)
-    errors = (scores - queries.double() @ candidates.double().T).abs()
-    allowed = slack_Q[:, None] + relative * scores.abs()
-    assert bool((errors <= allowed).all())
-    assert float((errors / allowed).max()) > (0.2 if dtype == torch.bfloat16 else 0.001)
+    worst, seen = 0.0, []
+    for tile in Tile.cut(candidates, 0, 2000, precision, groups=256):
+        narrow = Narrow.of(queries, precision)
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int32}[precision]
+        products = tile.products(narrow, torch.empty(40 * 2000, dtype=dtype))
+        bounds = Bounds.of(tile, narrow)
+        exact = queries.double() @ candidates[tile.column_C].double().T
+        repeats = len(tile.column_C) // tile.num_groups
+        estimate = bounds.scale_QG.double().repeat(1, repeats) * products.double()
+        allowed = bounds.absolute_QG.double().repeat(1, repeats)
+        allowed = allowed + bounds.relative_G.double().repeat(repeats) * estimate.abs()
+        error = (estimate - exact).abs()
+        assert bool((error <= allowed).all())
+        worst = max(worst, float((error / allowed).max()))
+        seen += tile.column_C.tolist()
+    assert sorted(seen) == list(range(2000))
+    assert worst > (0.001 if precision == "float32" else 0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.lists(st.integers(-8, 8), min_size=3, max_size=3), min_size=1, max_size=40),
+    exponents=st.lists(st.integers(-20, 20), min_size=40, max_size=40),
+    num_queries=st.integers(1, 5),
+    k=st.integers(1, 50),
+    first_pass=st.sampled_from(PASSES),
+    tile_columns=st.integers(1, 20),
+)
+def test_any_grid_of_numbers_any_cut(values, exponents, num_queries, k, first_pass, tile_columns):
+    """Small whole numbers at many scales: ties, zeros and cancellation, where every sum is exact anyway."""
+    candidates = np.array(values, np.float32) * np.float32(2.0) ** np.array(exponents[: len(values)])[:, None]
+    candidates = candidates.astype(np.float32)
+    queries = candidates[np.arange(num_queries) % len(candidates)] + np.float32(1)
+    found = top_k(queries, candidates, k, first_pass=first_pass, tile_columns=tile_columns, query_rows=2)
+    assert_same_bits(found, brute_force(queries, candidates, k))
+
+
+@pytest.mark.parametrize("first_pass", PASSES)
+def test_a_wrong_guess_is_noticed_and_mended(first_pass, monkeypatch):
+    """A guess that trusts every estimate to the last bit loses candidates unless it is proven afterwards."""
+    monkeypatch.setattr(search, "_guessed_share", lambda width: -1.0)
+    candidates, queries = pool("clustered", 3000), random_unit(30, 48, seed=17)
+    found = top_k(queries, candidates, 5, first_pass=first_pass, tile_columns=1024)
+    assert_same_bits(found, brute_force(queries, candidates, 5))
+
+
+def test_auto_leaves_the_narrow_pass_where_too_much_survives(monkeypatch):
+    monkeypatch.setattr(search, "multiplies_int8", lambda device: True)
+    monkeypatch.setattr(search, "multiplies_bfloat16", lambda device: False)
+    choose = search._Chooser("auto", "cpu", 1000, 10)
+    assert [choose(100_000), choose(1000)] == ["int8", "float32"]
+    choose.learn(0.2)
+    assert choose(100_000) == "float32"
+    assert search._Chooser("auto", "cpu", 1, 10)(100_000) == "float32"
+
+
+def test_narrow_sums_that_could_overflow_are_refused(monkeypatch):
+    monkeypatch.setattr(search, "multiplies_int8", lambda device: False)
+    with pytest.raises(DataError, match="8-bit dot products"):
+        top_k(random_unit(3, 8, seed=0), random_unit(4, 8, seed=0), 2, first_pass="int8")
+
+
+def test_as_many_threads_as_one_likes(monkeypatch):
+    candidates, queries = pool("duplicated", 600), random_unit(31, 48, seed=18)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        found = top_k(queries, candidates, 20, tile_columns=100, query_rows=4)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(found, brute_force(queries, candidates, 20))
 
 
 @pytest.mark.gpu

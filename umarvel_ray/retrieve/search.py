@@ -1,14 +1,19 @@
-"""Exact top-k of inner products: quick tiles pick who may be among the best, one formula scores them.
+"""Exact top-k of inner products: quick tiles pick who may be among the best, exact sums score them.
 
-The first pass (bfloat16 or float32) carries a hard bound of its error. A candidate is passed over only when
-even its upper bound is below a proven lower bound of the query's k-th score; the others are scored by
-`exact_scores`, whose bits depend on the two vectors alone. So blocks, tiles, threads, shards, devices and the
-first pass move the time, never the result.
+The first pass (int8, bfloat16 or float32, see `tiles.py`) carries a hard bound of its error. While it runs, a
+guess of each query's k-th score decides who is kept; the exact scores of those kept then prove the guess, or
+the block is looked at again for that query, under the bound alone. So a candidate is passed over only when
+even its upper bound is below a proven lower bound of the k-th score, and blocks, tiles, threads, shards,
+devices and the first pass move the time, never the result.
 
 Axes: Q queries, C candidates of a block, D width, K results, G groups of columns.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import queue
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,22 +23,36 @@ import torch
 from torch import Tensor
 
 from umarvel_ray.errors import DataError
+from umarvel_ray.retrieve.scoring import exact_scores, exact_scores_of_query
+from umarvel_ray.retrieve.tiles import (
+    PRODUCT_DTYPES,
+    Bounds,
+    Narrow,
+    Precision,
+    Tile,
+    multiplies_bfloat16,
+    multiplies_int8,
+    plain_products,
+)
 
-FirstPass = Literal["auto", "float32", "bfloat16"]
-"""How tiles are multiplied; `auto` takes bfloat16 where the device multiplies it natively."""
+FirstPass = Literal["auto", "float32", "bfloat16", "int8"]
+"""How tiles are multiplied; `auto` takes what the device multiplies fastest, float32 where little is won."""
 
-_BLOCK_ROWS = 65_536
-"""Candidates held at a time; their survivors are scored together."""
+_BLOCK_BYTES = 1 << 29
+"""float32 candidates held at a time; their survivors are scored together."""
 _QUERY_ROWS = 512
 _TILE_COLUMNS = 8_192
-"""512 × 8192 bfloat16 scores are 8 MB: a tile stays in the L3 cache until its survivors are out."""
-_MIN_GROUPS = 256
+"""512 × 8192 products of 32 bits are 16 MB: a tile stays in the L3 cache until its survivors are out."""
+_MIN_GROUPS = 512
 _MAX_SURVIVORS = 1 << 22
 """Survivors held before they are scored: bounds memory where a pool is full of equal scores."""
-_PIECE_VALUES = 1 << 17
-"""float64 values per scoring piece, 1 MB: larger ones fall out of the cache."""
 _MERGE_COLUMNS = 2_048
+_PIECE_VALUES = 1 << 24
 _LARGEST_PRODUCT = 1e30
+_MIN_QUERIES_INT8 = 128
+"""Below it, making candidates narrow costs more than narrow products save."""
+_MOST_SURVIVORS_INT8 = 1 / 40
+"""Share of a block's pairs; above it, scoring survivors costs more than the narrow product saves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +87,9 @@ def top_k(
             once, one at a time.
         k: How many.
         first_row: Row of the first candidate, where this is a slice of a pool.
-        device: Torch device that multiplies.
+        device: Torch device that multiplies. On the CPU Torch's threads each take queries of their own.
         first_pass: Precision of the tiles.
-        query_rows: Queries per tile.
+        query_rows: Queries per tile, at most.
         tile_columns: Candidates per tile.
 
     Returns:
@@ -84,28 +103,32 @@ def top_k(
             f"top_k of k={k}, query_rows={query_rows}, tile_columns={tile_columns}. Give at least 1 each."
         )
     queries = _as_matrix(queries_QD, device)
-    dtype = _tile_dtype(first_pass, device)
+    query_lengths = torch.linalg.vector_norm(queries, dim=1) * (1 + queries.shape[1] * 2.0**-23)
+    largest_query = _largest_length(queries, query_lengths, "queries", first_row=0)
     groups = max(_MIN_GROUPS, 1 << (2 * k - 1).bit_length())
-    parts = [_Part(part_QD, k, dtype) for part_QD in queries.split(query_rows)] if len(queries) else []
-    largest_query = _largest_length(queries, "queries", first_row=0)
     row = first_row
-    with torch.inference_mode(), _plain_products():
+    with torch.inference_mode(), plain_products(), _Crew(device) as crew:
+        rows_each = min(query_rows, max(1, -(-len(queries) // crew.size)))
+        parts = [_Part(part_QD, k) for part_QD in queries.split(rows_each)] if len(queries) else []
+        choose = _Chooser(first_pass, device, len(queries), k)
         for block_CD in _blocks(candidate_blocks, device):
             if block_CD.shape[1] != queries.shape[1]:
                 raise DataError(
                     f"queries of width {queries.shape[1]}, candidates of width {block_CD.shape[1]} (from row "
                     f"{row} on). Embed both with the same checkpoint."
                 )
-            if largest_query * _largest_length(block_CD, "candidates", first_row=row) > _LARGEST_PRODUCT:
+            precision = choose(len(block_CD))
+            tiles = crew.cut(block_CD, tile_columns, precision, groups)
+            lengths = torch.cat([tile.length_G for tile in tiles])
+            largest = largest_query * _largest_length(block_CD, lengths, "candidates", first_row=row)
+            if largest > _LARGEST_PRODUCT:
                 raise DataError(
                     f"products of queries and candidates overflow (from row {row} on). Normalise the vectors."
                 )
-            tiles = [
-                _Tile.of(block_CD, start, tile_columns, dtype)
-                for start in range(0, len(block_CD), tile_columns)
-            ]
-            for part in parts:
-                part.add(block_CD, tiles, row=row, groups=groups)
+            block = _Block(block_CD, tiles, row, precision, largest)
+            crew.run([lambda part=part, block=block: part.add(block, crew) for part in parts])
+            num_pairs = len(queries) * len(block_CD)
+            choose.learn(sum(part.num_survivors for part in parts) / max(1, num_pairs))
             row += len(block_CD)
     num = min(k, row - first_row)
     if not parts:
@@ -114,30 +137,6 @@ def top_k(
         scores_QK=torch.cat([part.scores_QK[:, :num] for part in parts]).cpu().numpy(),
         rows_QK=torch.cat([part.rows_QK[:, :num] for part in parts]).cpu().numpy(),
     )
-
-
-def exact_scores(left_ND: Tensor, right_ND: Tensor) -> Tensor:
-    """Inner products of the rows of two float32 matrices, (N,) float32.
-
-    Products of float32 are exact in float64; they are summed there by folding the row in halves, which are
-    elementwise additions only, and rounded once. So the bits depend on the two rows alone: not on N, threads,
-    or the device.
-    """
-    if left_ND.is_cuda:
-        return _fold(left_ND.double() * right_ND).float()
-    # The same sums; on the CPU NumPy adds short strided rows sooner than Torch wakes its threads.
-    products_ND = np.multiply(left_ND.numpy(), right_ND.numpy(), dtype=np.float64)
-    return torch.from_numpy(_fold(products_ND).astype(np.float32))
-
-
-def _fold(values_ND: Any) -> Any:
-    """Sum of each row, (N,); uses up `values_ND`."""
-    width = values_ND.shape[1]
-    while width > 1:
-        half = (width + 1) // 2
-        values_ND[:, : width - half] += values_ND[:, half:width]
-        width = half
-    return values_ND[:, 0]
 
 
 def merge_top_k(parts: Sequence[TopK], k: int) -> TopK:
@@ -156,27 +155,107 @@ def merge_top_k(parts: Sequence[TopK], k: int) -> TopK:
     return TopK(np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1))
 
 
+class _Chooser:
+    """Which precision the next block is searched in."""
+
+    def __init__(self, first_pass: FirstPass, device: str, num_queries: int, k: int) -> None:
+        self._fixed, self._k = first_pass, k
+        self._narrow: Precision = "float32"
+        if first_pass == "int8" and not multiplies_int8(device):
+            raise DataError(
+                f"first pass int8: {device} has no 8-bit dot products that cannot overflow. Give auto."
+            )
+        if multiplies_bfloat16(device):
+            self._narrow = "bfloat16"
+        elif multiplies_int8(device) and num_queries >= _MIN_QUERIES_INT8:
+            self._narrow = "int8"
+
+    def __call__(self, num_candidates: int) -> Precision:
+        if self._fixed != "auto":
+            return self._fixed
+        # In a small block the K best alone are a large share.
+        pays = self._narrow != "int8" or 4 * self._k <= _MOST_SURVIVORS_INT8 * num_candidates
+        return self._narrow if pays else "float32"
+
+    def learn(self, share: float) -> None:
+        """How many of a block's pairs had to be scored."""
+        if self._narrow == "int8" and share > _MOST_SURVIVORS_INT8:
+            self._narrow = "float32"
+
+
+class _Crew:
+    """The threads of one search. On the CPU each works alone on whole pieces: no thread waits for another
+    within a product, as Torch's own would at each of many small steps."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self.size = torch.get_num_threads() if device == "cpu" else 1
+        self._executor = ThreadPoolExecutor(self.size) if self.size > 1 else None
+        self._buffers: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+
+    def __enter__(self) -> "_Crew":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown()
+
+    def run(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Results of all calls, in order."""
+        if self._executor is None or len(calls) < 2:
+            return [call() for call in calls]
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return list(self._executor.map(_inferring, calls))
+        finally:
+            torch.set_num_threads(num_threads)
+
+    def cut(self, block_CD: Tensor, columns: int, precision: Precision, groups: int) -> list[Tile]:
+        """The tiles of a block."""
+        calls = [
+            lambda start=start: Tile.cut(
+                block_CD, start, min(start + columns, len(block_CD)), precision, groups=groups
+            )
+            for start in range(0, len(block_CD), columns)
+        ]
+        return [tile for tiles in self.run(calls) for tile in tiles]
+
+    @contextmanager
+    def buffer(self, num_values: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Memory for products; used again, since fresh pages cost more than the products' selection."""
+        try:
+            buffer = self._buffers.get_nowait()
+        except queue.Empty:
+            buffer = torch.empty(0, dtype=dtype, device=self._device)
+        if buffer.dtype != dtype or len(buffer) < num_values:
+            buffer = torch.empty(num_values, dtype=dtype, device=self._device)
+        try:
+            yield buffer
+        finally:
+            self._buffers.put(buffer)
+
+
+def _inferring(call: Callable[[], Any]) -> Any:
+    with torch.inference_mode():  # a property of each thread
+        return call()
+
+
 @dataclass(frozen=True, slots=True)
-class _Tile:
-    """Some columns of a block, as the first pass sees them.
+class _Block:
+    """Some candidates: as they are, and in tiles.
 
     Attributes:
-        start: First column in the block.
-        low_CD: The candidates in the dtype of the first pass.
-        length: Upper bound of their lengths, before and after rounding.
-        residual: Upper bound of the lengths of what rounding took.
+        row: Row of the first in the pool.
+        precision: Of the tiles.
+        largest: No product of a query's and a candidate's length exceeds this.
     """
 
-    start: int
-    low_CD: Tensor
-    length: float
-    residual: float
-
-    @classmethod
-    def of(cls, block_CD: Tensor, start: int, columns: int, dtype: torch.dtype) -> "_Tile":
-        exact_CD = block_CD[start : start + columns]
-        low_CD, lengths, residuals = _rounded(exact_CD, dtype)
-        return cls(start, low_CD, float(lengths.max()), float(residuals.max()))
+    exact_CD: Tensor
+    tiles: Sequence[Tile]
+    row: int
+    precision: Precision
+    largest: float
 
 
 class _Part:
@@ -185,89 +264,128 @@ class _Part:
     Attributes:
         scores_QK: float32; minus infinity where fewer than K candidates were seen.
         rows_QK: int64.
+        num_survivors: Pairs of the last block that the first pass could not decide.
     """
 
-    def __init__(self, queries_QD: Tensor, k: int, dtype: torch.dtype) -> None:
+    def __init__(self, queries_QD: Tensor, k: int) -> None:
         self._queries_QD = queries_QD
         self._k = k
-        self._low_QD, self._lengths_Q, self._residuals_Q = _rounded(queries_QD, dtype)
+        self._narrow: dict[Precision, Narrow] = {}
         shape = (len(queries_QD), k)
         self.scores_QK = torch.full(shape, -torch.inf, device=queries_QD.device)
         self.rows_QK = torch.full(shape, -1, dtype=torch.int64, device=queries_QD.device)
+        self.num_survivors = 0
 
-    def add(self, block_CD: Tensor, tiles: Sequence[_Tile], *, row: int, groups: int) -> None:
-        """Look at one more block, whose first candidate is row `row` of the pool."""
-        # Lower bounds of the K best scores so far: exact ones, and the best of this block's tiles.
-        floor_QK = self.scores_QK
-        survivors: list[tuple[Tensor, Tensor, Tensor]] = []
-        held = 0
-        for tile in tiles:
-            scores_QC = self._low_QD @ tile.low_CD.T
-            slack_Q, relative = self._error(tile, scores_QC.dtype)
-            maxima_QG, stride, scores_QC = _group_maxima(scores_QC, groups)
-            lower_QG = maxima_QG.double()
-            lower_QG -= relative * lower_QG.abs() + slack_Q[:, None]
-            # Each group holds a candidate that scores at least this: the K-th largest bounds the K-th score.
-            floor_QK = _largest(torch.cat([floor_QK, _below(lower_QG)], dim=1), self._k)
-            threshold_Q = _threshold(floor_QK[:, -1].double(), slack_Q, relative)
-            query, column, score = _above(scores_QC, maxima_QG, threshold_Q, stride, len(tile.low_CD))
-            upper = score.double()
-            upper += relative * upper.abs() + slack_Q[query]
-            survivors.append((query, column + tile.start, upper))
-            held += len(query)
-            if held > _MAX_SURVIVORS:
-                self._score(block_CD, survivors, floor_QK[:, -1], row=row)
-                floor_QK = self.scores_QK
-                survivors, held = [], 0
-        self._score(block_CD, survivors, floor_QK[:, -1], row=row)
+    def add(self, block: _Block, crew: _Crew) -> None:
+        """Look at one more block; its rows are above all before."""
+        if block.precision not in self._narrow:
+            self._narrow = {block.precision: Narrow.of(self._queries_QD, block.precision)}
+        self.num_survivors = 0
+        before = self.scores_QK, self.rows_QK
+        guess_Q = self._pass(block, crew, share=_guessed_share(self._queries_QD.shape[1]))
+        # The true K-th scores are at least as good as guessed, or the guess may have cost a candidate.
+        wrong = torch.nonzero(self.scores_QK[:, -1] < guess_Q)[:, 0]
+        if len(wrong):
+            again = _Part(self._queries_QD[wrong], self._k)
+            again.scores_QK, again.rows_QK = (values[wrong] for values in before)
+            again._narrow = {block.precision: Narrow(*(x[wrong] for x in self._narrow[block.precision]))}
+            again._pass(block, crew, share=1.0)
+            self.scores_QK[wrong], self.rows_QK[wrong] = again.scores_QK, again.rows_QK
+            self.num_survivors += again.num_survivors
 
-    def _error(self, tile: _Tile, dtype: torch.dtype) -> tuple[Tensor, float]:
-        """Bounds of |tile score − exact score|: (absolute, float64 per query; relative to the tile score).
+    def _pass(self, block: _Block, crew: _Crew, *, share: float) -> Tensor:
+        """Merge in a block's best; returns what the K-th scores were taken to be at least, (Q,) float32.
 
-        Rounded inputs: Cauchy-Schwarz on the residuals. float32 sums in any order, and the rounding of the
-        exact score: D + 4 roundings of at most the product of the lengths. A bfloat16 result has 8 bits:
-        half a unit in the last place. The factor 1.01 covers second-order terms and the rounding of the
-        bounds themselves.
+        Args:
+            share: Of the error bound, how much an estimate an estimate is taken to be off: 1 is proven.
         """
-        width = self._queries_QD.shape[1]
-        inputs_Q = self._residuals_Q * tile.length + self._lengths_Q * tile.residual
-        sums_Q = (width + 4) * 2.0**-24 * self._lengths_Q * tile.length
-        relative = 1.01 * 2.0**-8 if dtype == torch.bfloat16 else 0.0
-        return 1.01 * (inputs_Q + sums_Q) + 2.0**-100, relative
+        queries = self._narrow[block.precision]
+        floor_QK, floor_Q = self.scores_QK, self.scores_QK[:, -1]
+        survivors: list[tuple[Tensor, ...]] = []
+        held = 0
+        size = len(self._queries_QD) * max(len(tile.low_CD) for tile in block.tiles)
+        with crew.buffer(size, PRODUCT_DTYPES[block.precision]) as out:
+            for number, tile in enumerate(block.tiles):
+                products_QC = tile.products(queries, out)
+                maxima_QG = products_QC.view(len(products_QC), -1, tile.num_groups).amax(dim=1)
+                bounds = Bounds.of(tile, queries)
+                if _is_due(number):
+                    lower_QG = bounds.lower(maxima_QG, share=share)
+                    floor_QK = _largest(torch.cat([floor_QK, lower_QG], dim=1), self._k)
+                    floor_Q = torch.maximum(floor_Q, floor_QK.amin(dim=1))
+                survivors.append(_survivors(products_QC, maxima_QG, bounds, tile, floor_Q))
+                held += len(survivors[-1][0])
+                if held > _MAX_SURVIVORS:
+                    self._settle(block, survivors, floor_Q)
+                    floor_Q = torch.maximum(floor_Q, self.scores_QK[:, -1])
+                    survivors, held = [], 0
+        if held:
+            self._settle(block, survivors, floor_Q)
+        return floor_Q
 
-    def _score(
-        self, block_CD: Tensor, survivors: list[tuple[Tensor, Tensor, Tensor]], floor_Q: Tensor, *, row: int
-    ) -> None:
-        """Score exactly what may still be among the best, and merge it in."""
-        if not survivors:
-            return
-        query, column, upper = (torch.cat(part) for part in zip(*survivors, strict=True))
-        keep = upper >= floor_Q[query]
-        query, column = query[keep], column[keep]
+    def _settle(self, block: _Block, survivors: list[tuple[Tensor, ...]], floor_Q: Tensor) -> None:
+        """Score what may still be among the best, and merge it in."""
+        query, column, reach = (torch.cat(part) for part in zip(*survivors, strict=True))
+        keep = reach >= floor_Q[query]
         # By query, then by row: the merge below keeps this order among equal scores.
-        order = torch.argsort(query * len(block_CD) + column)
-        query, column = query[order], column[order]
-        score = torch.empty(len(query), device=block_CD.device)
-        step = max(1, _PIECE_VALUES // block_CD.shape[1])
-        for start in range(0, len(query), step):
-            piece = slice(start, start + step)
-            score[piece] = exact_scores(self._queries_QD[query[piece]], block_CD[column[piece]])
+        key = _sorted((query[keep] << 32) | column[keep])
+        self.num_survivors += len(key)
+        query, column = key >> 32, key & 0xFFFFFFFF
+        if block.precision != "float32" and len(key):
+            refined, error = self._refined(block, query, column), self._refined_error(block)
+            floor_QK = self.scores_QK
+            for inside, place in _columns(query, len(self._queries_QD)):
+                lower_QN = _padded(query[inside], place, refined[inside] - error, len(self._queries_QD))
+                floor_QK = _largest(torch.cat([floor_QK, lower_QN], dim=1), self._k)
+            keep = refined + error >= floor_QK.amin(dim=1)[query]
+            query, column = query[keep], column[keep]
+        scores = self._exact(block, query, column)
+        for inside, place in _columns(query, len(self._queries_QD)):
+            self._merge(query[inside], place, scores[inside], column[inside] + block.row)
 
-        counts_Q = torch.bincount(query, minlength=len(self._queries_QD))
-        place = torch.arange(len(query), device=query.device) - (counts_Q.cumsum(0) - counts_Q)[query]
-        for start in range(0, int(counts_Q.max()), _MERGE_COLUMNS):
-            inside = (place >= start) & (place < start + _MERGE_COLUMNS)
-            self._merge(query[inside], place[inside] - start, score[inside], column[inside] + row)
+    def _refined(self, block: _Block, query: Tensor, column: Tensor) -> Tensor:
+        """float32 inner products of survivors, which stand by query."""
+        if query.is_cuda:
+            step = max(1, _PIECE_VALUES // block.exact_CD.shape[1])
+            pairs = zip(query.split(step), column.split(step), strict=True)
+            return torch.cat([(self._queries_QD[q] * block.exact_CD[c]).sum(dim=1) for q, c in pairs])
+        # Reads the rows where they lie: a third of the time that gathering them takes.
+        num_queries = len(self._queries_QD)
+        ends_Q = torch.bincount(query, minlength=num_queries).cumsum(0)
+        wanted = torch.sparse_csr_tensor(
+            torch.cat([ends_Q.new_zeros(1), ends_Q]),
+            column,
+            torch.zeros(len(query)),
+            size=(num_queries, len(block.exact_CD)),
+            check_invariants=False,
+        )
+        return torch.sparse.sampled_addmm(wanted, self._queries_QD, block.exact_CD.T, beta=0).values()
+
+    def _refined_error(self, block: _Block) -> float:
+        """Bound of the error of `_refined`: D products and D sums are rounded."""
+        return 1.01 * (block.exact_CD.shape[1] + 4) * 2.0**-24 * block.largest + 2.0**-100
+
+    def _exact(self, block: _Block, query: Tensor, column: Tensor) -> Tensor:
+        """Scores of survivors, which stand by query."""
+        if query.is_cuda:
+            step = max(1, _PIECE_VALUES // block.exact_CD.shape[1])
+            pairs = zip(query.split(step), column.split(step), strict=True)
+            scores = [exact_scores(self._queries_QD[q], block.exact_CD[c]) for q, c in pairs]
+        else:
+            numbers, counts = torch.unique_consecutive(query, return_counts=True)
+            scores = [
+                exact_scores_of_query(
+                    self._queries_QD[q], block.exact_CD.index_select(0, c), largest=block.largest
+                )
+                for q, c in zip(numbers.tolist(), column.split(counts.tolist()), strict=True)
+            ]
+        return torch.cat([self.scores_QK.new_empty(0), *scores])
 
     def _merge(self, query: Tensor, place: Tensor, score: Tensor, row: Tensor) -> None:
         """New rows are above all old ones, and ascend with `place`: a stable sort settles ties by row."""
-        width = int(place.max()) + 1
-        new_QN = torch.full((len(self._queries_QD), width), -torch.inf, device=score.device)
-        rows_QN = torch.full(new_QN.shape, -1, dtype=torch.int64, device=score.device)
-        new_QN[query, place] = score
-        rows_QN[query, place] = row
-        scores = torch.cat([self.scores_QK, new_QN], dim=1)
-        rows = torch.cat([self.rows_QK, rows_QN], dim=1)
+        num_queries = len(self._queries_QD)
+        scores = torch.cat([self.scores_QK, _padded(query, place, score, num_queries)], dim=1)
+        rows = torch.cat([self.rows_QK, _padded(query, place, row, num_queries, fill=-1)], dim=1)
         scores, order = torch.sort(scores, dim=1, descending=True, stable=True)
         self.scores_QK = scores[:, : self._k].contiguous()
         self.rows_QK = rows.gather(1, order[:, : self._k])
@@ -283,109 +401,93 @@ def _as_matrix(values: Any, device: str) -> Tensor:
 
 
 def _blocks(blocks: Any, device: str) -> Iterator[Tensor]:
-    """The candidates in pieces of at most `_BLOCK_ROWS`, none empty."""
+    """The candidates in pieces of at most `_BLOCK_BYTES`, none empty."""
     whole = isinstance(blocks, np.ndarray | Tensor)
     matrices: Iterable[Any] = [blocks] if whole else blocks
     for matrix in matrices:
-        for start in range(0, len(matrix), _BLOCK_ROWS):
-            yield _as_matrix(matrix[start : start + _BLOCK_ROWS], device)
+        rows = max(1, _BLOCK_BYTES // (4 * max(1, matrix.shape[-1])))
+        for start in range(0, len(matrix), rows):
+            yield _as_matrix(matrix[start : start + rows], device)
 
 
-def _largest_length(vectors: Tensor, name: str, *, first_row: int) -> float:
-    """Length of the longest row, in float64; refuses what is not finite."""
-    if not len(vectors):
-        return 0.0
-    lengths = _lengths(vectors)
-    if not bool(torch.isfinite(lengths).all()):
-        odd = torch.nonzero(~torch.isfinite(lengths))[:, 0]
+def _largest_length(vectors: Tensor, lengths: Tensor, name: str, *, first_row: int) -> float:
+    """The largest of upper bounds of the rows' lengths; refuses what is not finite."""
+    largest = float(lengths.max()) if len(lengths) else 0.0
+    if math.isfinite(largest):
+        return largest
+    exact = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)  # does not overflow
+    if len(odd := torch.nonzero(~torch.isfinite(exact))[:, 0]):
         raise DataError(
             f"{len(odd)} of {len(vectors)} {name} are NaN or infinite (first: row "
             f"{first_row + int(odd[0])}). Verify the store, or embed again."
         )
-    return float(lengths.max())
+    return float(exact.max())
 
 
-def _lengths(vectors: Tensor) -> Tensor:
-    """Lengths of the rows in float64, a little too large."""
-    return torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64) * (1 + 2.0**-30)
+def _survivors(
+    products_QC: Tensor, maxima_QG: Tensor, bounds: Bounds, tile: Tile, floor_Q: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(query, column in the block, upper bound of the score) of all that may reach their query's floor."""
+    least_QG = bounds.least(floor_Q).view(-1)
+    hit_H = torch.nonzero(maxima_QG.view(-1) >= least_QG)[:, 0]
+    num_columns, num_groups = products_QC.shape[1], tile.num_groups
+    query_H = torch.div(hit_H, num_groups, rounding_mode="floor")
+    first_H = hit_H + query_H * (num_columns - num_groups)
+    place_HM = first_H[:, None] + torch.arange(0, num_columns, num_groups, device=first_H.device)
+    products_HM = products_QC.view(-1).index_select(0, place_HM.view(-1)).view(place_HM.shape)
+    which = torch.nonzero((products_HM >= least_QG.index_select(0, hit_H)[:, None]).view(-1))[:, 0]
+    hit_S = hit_H.index_select(0, torch.div(which, place_HM.shape[1], rounding_mode="floor"))
+    upper_S = bounds.upper(products_HM.view(-1).index_select(0, which), hit_S)
+    place_S = place_HM.view(-1).index_select(0, which)
+    query_S = torch.div(hit_S, num_groups, rounding_mode="floor")
+    return query_S, tile.column_C.index_select(0, place_S - query_S * num_columns), upper_S
 
 
-def _rounded(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows in `dtype`, bounds of their lengths before and after, lengths of what rounding took), float64."""
-    low = exact.to(dtype)
-    lengths = _lengths(exact)
-    if low.dtype == exact.dtype:
-        return low, lengths, torch.zeros_like(lengths)
-    residuals = _lengths(exact - low.float())
-    return low, lengths + residuals, residuals
+def _guessed_share(width: int) -> float:
+    """Of the error bound, what an estimate may be off before a guess fails: errors of D coordinates mostly
+    cancel, and are one bound over √D or less; four of that is next to never exceeded."""
+    return min(1.0, 4 / math.sqrt(width))
 
 
-def _tile_dtype(first_pass: FirstPass, device: str) -> torch.dtype:
-    if first_pass == "auto":
-        native = torch.cuda.is_bf16_supported() if device.startswith("cuda") else _cpu_multiplies_bfloat16()
-        first_pass = "bfloat16" if native else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[first_pass]
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    """AVX512_BF16 or AMX; elsewhere bfloat16 is emulated and slower than float32."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-@contextmanager
-def _plain_products() -> Iterator[None]:
-    """float32 products in float32, bfloat16 products summed in float32: what the error bound assumes."""
-    precision = torch.get_float32_matmul_precision()
-    reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
-
-
-def _group_maxima(scores_QC: Tensor, groups: int) -> tuple[Tensor, int, Tensor]:
-    """(best score of each group, stride, the tile padded to whole groups); group g is g, g + stride, …"""
-    num_columns = scores_QC.shape[1]
-    groups = min(groups, num_columns)
-    if rest := num_columns % groups:
-        scores_QC = torch.nn.functional.pad(scores_QC, (0, groups - rest), value=-torch.inf)
-    maxima_QG = scores_QC.view(len(scores_QC), -1, groups).amax(dim=1)
-    return maxima_QG, groups, scores_QC
+def _is_due(number: int) -> bool:
+    """Whether the K-th scores are looked for after this tile: they move less and less."""
+    return number & (number - 1) == 0 or (number % 3 == 0 and (number // 3) & (number // 3 - 1) == 0)
 
 
 def _largest(values: Tensor, k: int) -> Tensor:
-    """The K largest of each row, falling; the caller's rows hold at least K."""
-    return torch.topk(values, k, dim=1).values
+    """The K largest of each row, in any order; the caller's rows hold at least K."""
+    if values.is_cuda:
+        return torch.topk(values, k, dim=1, sorted=False).values
+    kept = np.partition(values.numpy(), values.shape[1] - k, axis=1)[:, values.shape[1] - k :]
+    return torch.from_numpy(np.ascontiguousarray(kept))
 
 
-def _below(values: Tensor) -> Tensor:
-    """float32 that are not above the given float64."""
-    rounded = values.float()
-    return torch.where(
-        rounded.double() > values, torch.nextafter(rounded, torch.full_like(rounded, -torch.inf)), rounded
-    )
+def _sorted(values: Tensor) -> Tensor:
+    return torch.sort(values).values if values.is_cuda else torch.from_numpy(np.sort(values.numpy()))
 
 
-def _threshold(floor_Q: Tensor, slack_Q: Tensor, relative: float) -> Tensor:
-    """float32 (Q,): a tile score below it has an upper bound below the floor.
+def _columns(query: Tensor, num_queries: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Items that stand by query, a bounded number of each at a time: (which, place of each in its row)."""
+    if not len(query):
+        return
+    counts_Q = torch.bincount(query, minlength=num_queries)
+    place = torch.arange(len(query), device=query.device) - (counts_Q.cumsum(0) - counts_Q)[query]
+    for start in range(0, int(counts_Q.max()), _MERGE_COLUMNS):
+        inside = torch.nonzero((place >= start) & (place < start + _MERGE_COLUMNS))[:, 0]
+        yield inside, place[inside] - start
 
-    The upper bound s + relative·|s| + slack rises with s, so this solves it for s.
-    """
-    rest_Q = floor_Q - slack_Q
-    return _below(torch.where(rest_Q > 0, rest_Q / (1 + relative), rest_Q / (1 - relative)) - 2.0**-100)
+
+def _padded(
+    query: Tensor, place: Tensor, values: Tensor, num_queries: int, fill: float = -torch.inf
+) -> Tensor:
+    """Values in a row per query."""
+    shape = (num_queries, int(place.max()) + 1)
+    padded = torch.full(shape, fill, dtype=values.dtype, device=values.device)  # type: ignore[arg-type]
+    padded[query, place] = values
+    return padded
 
 
-def _above(
-    scores_QC: Tensor, maxima_QG: Tensor, threshold_Q: Tensor, stride: int, num_columns: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(query, column, tile score) of the scores at or above their query's threshold."""
-    query, group = torch.nonzero(maxima_QG.float() >= threshold_Q[:, None], as_tuple=True)
-    columns = group[:, None] + torch.arange(0, scores_QC.shape[1], stride, device=group.device)
-    scores = scores_QC.view(-1)[query[:, None] * scores_QC.shape[1] + columns].float()
-    hits = (scores >= threshold_Q[query][:, None]) & (columns < num_columns)
-    which, member = torch.nonzero(hits, as_tuple=True)
-    return query[which], columns[which, member], scores[which, member]
+with warnings.catch_warnings():
+    # Torch says once that its sparse tensors are in beta; one product of them is all that is used here.
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), check_invariants=False)
