@@ -22,7 +22,7 @@ MOMENTS = [
     # A file that says the job is in the middle; the job; what its processes are called.
     ("train/instruct/states/step-000002/state.json", "train/instruct", "RayTrainWorker"),
     ("embed/instruct/*/*/*/shard-00000.arrow", "embed/instruct", "MapWorker"),
-    ("search/instruct/*/.*.parts/block-00000.arrow", "search/instruct", "_Actor"),
+    ("search/instruct/*/.*.parts/queries-*.arrow", "search/instruct", "_Actor"),
     ("rerank/reranked/parts/*/*/00000.arrow", "rerank/reranked", "MapWorker"),
 ]
 

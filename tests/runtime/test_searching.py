@@ -20,6 +20,7 @@ def make_store(folder: Path, num: int, seed: int, dim: int = 16) -> Path:
     vectors = np.random.default_rng(seed).standard_normal((num, dim)).astype(np.float32)
     # Every third vector stands twice: ties must come out the same everywhere.
     vectors[2::3] = vectors[1 : len(vectors) - 1 : 3]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     plan = plan_shards(num, 10)
     for shard in plan:
         ids = [f"{folder.name}:{row}" for row in range(shard.start, shard.stop)]
@@ -111,6 +112,81 @@ def test_blocks_of_another_search_are_not_taken_for_ours(tmp_path, stores):
     task = SearchTask(stores["queries"], (stores["pool1"],), 8, output)
     search([task], LOCAL, query_block_rows=5)
     assert Run.read(output).as_dict() == expected(task)
+
+
+@pytest.mark.parametrize(("num_actors", "rows"), [(1, 1000), (3, 10), (7, 1000), (64, 1000), (64, 1)])
+def test_a_cut_covers_every_pair_once(tmp_path, stores, monkeypatch, num_actors, rows):
+    """More actors than blocks of queries share the pool; the result does not show it."""
+    monkeypatch.setattr(searching, "_MIN_SLICE_ROWS", 8)
+    task = tasks_in(tmp_path / "out", stores)[1]
+    runtime = RuntimeSettings(kind="local", num_actors=num_actors)
+    cells = searching._plan(task, runtime, rows)
+    pairs = [(q, c) for x in cells for q in range(x.start, x.stop) for c in range(x.first, x.last)]
+    assert len(pairs) == len(set(pairs)) == 23 * 43
+    assert max(cell.stop - cell.start for cell in cells) <= rows
+    assert len({cell.first for cell in cells}) == {1: 1, 3: 1, 7: 5}.get(num_actors, 5 if rows > 1 else 2)
+    search([task], runtime, query_block_rows=rows)
+    assert Run.read(task.output).as_dict() == expected(task)
+
+
+def test_another_number_of_actors_goes_on_with_what_is_there(tmp_path, stores):
+    def stop_at_two(done, total):
+        if done == 2:
+            raise Stopped
+
+    task = tasks_in(tmp_path / "out", stores)[0]
+    with pytest.raises(Stopped):
+        search([task], RuntimeSettings(kind="local", num_actors=3), query_block_rows=6, progress=stop_at_two)
+    seen = []
+    search([task], LOCAL, query_block_rows=20, progress=lambda done, total: seen.append((done, total)))
+    assert seen[0] == (2, 4) and Run.read(task.output).as_dict() == expected(task)
+
+
+@pytest.mark.parametrize("block_bytes", [64, 640, 1 << 20])
+def test_blocks_of_candidates_do_not_move_a_bit(tmp_path, stores, monkeypatch, block_bytes):
+    monkeypatch.setattr(searching, "_CANDIDATE_BYTES", block_bytes)
+    task = tasks_in(tmp_path / "out", stores)[1]
+    search([task], LOCAL)
+    assert Run.read(task.output).as_dict() == expected(task)
+
+
+def raw_store(folder: Path, vectors: np.ndarray) -> Path:
+    plan = plan_shards(len(vectors), 10)
+    ids = [f"{folder.name}:{row}" for row in range(len(vectors))]
+    write_shard(folder, plan[0], ids, vectors, dtype="float32", fingerprint="f")
+    finish_store(folder, plan, fingerprint="f", settings={})
+    return folder
+
+
+def test_vectors_not_of_unit_length_are_refused_by_name(tmp_path, stores):
+    vectors = np.eye(5, 16, dtype=np.float32)
+    vectors[3] *= 1.5
+    odd = raw_store(tmp_path / "odd", vectors)
+    output = tmp_path / "run.arrow"
+    with pytest.raises(
+        UmarvelError, match=r"1 of 36 vectors are not of unit length \(first: odd:3 has length 1.5"
+    ):
+        search([SearchTask(stores["queries"], (stores["pool1"], odd), 3, output)], LOCAL)
+    with pytest.raises(UmarvelError, match=r"first: odd:3 has length 1.5"):
+        search([SearchTask(odd, (stores["pool1"],), 3, output)], LOCAL)
+    vectors[3] = np.nan
+    with pytest.raises(UmarvelError, match=r"not of unit length \(first: nan:3 is not finite"):
+        searching._require_unit(vectors, "here", lambda rows: [f"nan:{row}" for row in rows])
+
+
+def test_what_it_takes_is_told_before_it_starts(tmp_path, stores, monkeypatch):
+    told, order = [], []
+    monkeypatch.setattr(searching, "run_actors", lambda *_: order.append("work") or iter(()))
+    task = tasks_in(tmp_path / "out", stores)[1]
+    with pytest.raises(UmarvelError):  # nothing was searched, so the parts are missing
+        search([task], LOCAL, announce=lambda estimate: told.append(estimate) or order.append("told"))
+    assert order == ["told", "work"]
+    assert told[0].flop == 2 * 23 * 43 * 16 and told[0].num_cells == 1
+    assert told[0].seconds(1e3, num_actors=4) == told[0].flop / 1e3
+    assert told[0].measured_rate(1) > 1e6
+    monkeypatch.setattr(searching, "_PROCESS_BYTES", 1 << 50)
+    with pytest.raises(UmarvelError, match="Lower query_block_rows"):
+        search([task], LOCAL)
 
 
 def test_stores_of_other_widths_are_refused(tmp_path, stores):

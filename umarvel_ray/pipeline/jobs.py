@@ -41,6 +41,8 @@ from umarvel_ray.train.settings import StageConfig
 logger = logging.getLogger(__name__)
 
 Summary = dict[str, Any]
+_WORTH_TELLING_FLOP = 1e12
+"""A search of seconds is done before its estimate is read."""
 _FIGURES_SHOWN = 4
 """Of a job's summary on its line; all of them stand in its `done.json`."""
 
@@ -103,7 +105,7 @@ def embed(config: EmbedConfig, runtime: RuntimeSettings, view: View) -> Summary:
 
 def search(config: SearchConfig, runtime: RuntimeSettings, view: View) -> Summary:
     """Embedding stores → runs, local and global."""
-    from umarvel_ray.runtime.searching import SearchTask, search
+    from umarvel_ray.runtime.searching import SearchEstimate, SearchTask, search
 
     mbeir, stores = Mbeir(config.root), at(config.embeddings)
     tasks: list[SearchTask] = []
@@ -124,14 +126,30 @@ def search(config: SearchConfig, runtime: RuntimeSettings, view: View) -> Summar
                         output=run_path(config.output, request.split, task.name, scope),
                     )
                 )
+    told: dict[str, float] = {}
+
+    def announce(estimate: SearchEstimate) -> None:
+        told.update(flop=estimate.flop, most_actor_bytes=estimate.actor_bytes)
+        if estimate.flop < _WORTH_TELLING_FLOP:
+            return
+        text = (
+            f"  {estimate.flop:.3g} FLOP, {estimate.read_bytes / 1e9:.3g} GB to read, "
+            f"at most {estimate.actor_bytes / 1e9:.2g} GB for each actor"
+        )
+        if not runtime.gpus:
+            seconds = estimate.seconds(estimate.measured_rate(runtime.threads), runtime.num_actors)
+            text += f"; about {short_time(seconds)} if each actor has cores like this machine's"
+        view.line(text)
+
     with view.bar("searching", len(tasks), unit="runs") as bar:
         search(
             tasks,
             runtime,
             query_block_rows=config.query_block_rows,
             progress=lambda done, total: bar.at(len(tasks) * done / total if total else len(tasks)),
+            announce=announce,
         )
-    return {"runs": len(tasks)}
+    return {"runs": len(tasks), **told}
 
 
 def mine(config: MineConfig, runtime: RuntimeSettings, view: View) -> Summary:

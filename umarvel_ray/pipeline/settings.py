@@ -128,7 +128,7 @@ class RetrievalSettings(Config):
     depth: PositiveInt = 100
     instruction: InstructionChoice = "first"
     queries_per_shard: PositiveInt = 64
-    query_block_rows: PositiveInt = 1024
+    query_block_rows: PositiveInt = 8192
 
 
 class RunConfig(Config):

@@ -76,7 +76,8 @@ class SearchConfig(Config):
     """M-BEIR's."""
     requests: tuple[SearchRequest, ...]
     tasks: tuple[str, ...] | None = None
-    query_block_rows: PositiveInt = 1024
+    query_block_rows: PositiveInt = 8192
+    """Queries that pass a pool together, at most: each such block reads the pool once."""
 
 
 class RerankRequest(Config):
