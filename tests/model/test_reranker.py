@@ -1,13 +1,15 @@
 """Scores of a tree equal those of one pair at a time through the stock model, answers generated nowhere."""
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fixtures_model import Reference
+from fixtures_backbones import KINDS, StockEncoder
+from PIL import Image
 
-from umarvel_ray.data.records import Candidate, Query
+from umarvel_ray.data.records import Candidate, Picture, Query
 from umarvel_ray.errors import CheckpointError
 from umarvel_ray.model.inputs import clean
 from umarvel_ray.model.reranker import Reranker
@@ -37,21 +39,34 @@ def turn_up(model: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def stock(backbone) -> Reference:
+def stock(backbone) -> StockEncoder:
     """The same weights in plain modules, in float64: the difference is the tree's own rounding."""
-    reference = Reference(backbone)
-    turn_up(reference.model)
-    reference.model.double()
-    return reference
+    return judge(backbone)
 
 
-def stock_score(stock: Reference, query: Query, candidate: Candidate, question: str, answer: str) -> float:
+def judge(folder: str) -> StockEncoder:
+    stock = StockEncoder(folder)
+    turn_up(stock.model)
+    stock.model.double()
+    return stock
+
+
+def stock_score(stock: StockEncoder, query: Query, candidate: Candidate, question: str, answer: str) -> float:
     """P(Yes) from whole logits after the rendered prompt; positions are the stock model's own."""
-    user: list[str | None] = [f"{SENTENCE}Query:"]
-    user += [None, question] if query.img_path else [question]
-    user += ["Candidate:", *([None] if candidate.img_path else []), answer]
-    pixels = stock.pixels([path for path in (query.img_path, candidate.img_path) if path])
-    ids = stock.tokens(stock.expand(stock.render(user, None, generation_prompt=True), pixels))
+    user: list[dict[str, str]] = [{"type": "text", "text": f"{SENTENCE}Query:"}]
+    user += [{"type": "image"}] if query.img_path else []
+    user += [{"type": "text", "text": f"{question}Candidate:"}]
+    user += [{"type": "image"}] if candidate.img_path else []
+    user += [{"type": "text", "text": answer}]
+    text = stock.tokenizer.apply_chat_template(
+        [{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
+    )
+    images = [Image.open(path) for path in (query.img_path, candidate.img_path) if path]
+    pixels = dict(stock.processor(images, return_tensors="pt")) if images else {}
+    pieces = text.split("<|image_pad|>")
+    for number, grid in enumerate(pixels.get("image_grid_thw", []), start=1):
+        pieces[number] = "<|image_pad|>" * (int(grid.prod()) // 4) + pieces[number]
+    ids = stock.tokenizer("".join(pieces), add_special_tokens=False, return_tensors="pt")["input_ids"]
     is_image = (ids == stock.model.config.image_token_id).int()
     with torch.no_grad():
         logits = stock.model(input_ids=ids, mm_token_type_ids=is_image, use_cache=False, **pixels).logits
@@ -98,35 +113,62 @@ def test_tree_scores_are_those_of_single_pairs(reranker, stock, questions, candi
         assert scores.dtype == np.float32
 
 
-@pytest.mark.parametrize("kind", ["text", "image", "mixed"])
-@pytest.mark.parametrize("num", [1, 7, 50, 100])
-def test_long_lists_of_unequal_candidates_score_as_single_pairs(
-    reranker, stock, questions, pictures, kind, num
-):
+@pytest.fixture(scope="module")
+def judges(backbones) -> dict[str, tuple[Reranker, StockEncoder]]:
+    """Of each backbone ours, and the reference."""
+    pairs = {kind: (Reranker.load(folder), judge(folder)) for kind, folder in backbones.items()}
+    for reranker, _ in pairs.values():
+        turn_up(reranker.model)
+    return pairs
+
+
+@pytest.mark.parametrize("num", [1, 7, 50, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("content", ["text", "image", "mixed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lists_of_unequal_candidates_score_as_single_pairs(judges, questions, pictures, kind, content, num):
     """Lengths from 1 to 90 words, pictures that repeat; the reference takes a few pairs of each list."""
+    reranker, stock = judges[kind]
     rng = np.random.default_rng(num)
-    names = list(pictures)
     pool = []
     for number in range(num):
         words = " ".join(rng.choice(["red", "kite", "over", "the", "hill"], size=int(rng.integers(1, 90))))
-        image = pictures[names[int(rng.integers(len(names)))]]
-        has_image = kind == "image" or (kind == "mixed" and number % 3 > 0)
-        has_text = kind == "text" or (kind == "mixed" and number % 3 < 2)
+        image = pictures[list(pictures)[int(rng.integers(len(pictures)))]]
+        has_image = content == "image" or (content == "mixed" and number % 3 > 0)
+        has_text = content == "text" or (content == "mixed" and number % 3 < 2)
         pool.append(
             Candidate(
                 did=f"9:{number}", txt=words if has_text else None, img_path=image if has_image else None
             )
         )
-    for query, question in questions:
-        whole = reranker.score(query, pool)
-        assert whole.shape == (num,)
-        longest = int(np.argmax([len(candidate.txt or "") for candidate in pool]))
-        for index in {0, num // 2, num - 1, longest}:
-            answer = clean(pool[index].txt or "")
-            expected = stock_score(stock, query, pool[index], question, answer)
-            assert whole[index] == pytest.approx(expected, abs=1e-6)
-        (cut,) = reranker.score_many([(query, pool)], max_tokens=400)
-        np.testing.assert_allclose(cut, whole, **EXACT)
+    query, question = questions[num % 3]
+    whole = reranker.score(query, pool)
+    assert whole.shape == (num,)
+    longest = int(np.argmax([len(candidate.txt or "") for candidate in pool]))
+    for index in {0, num // 2, num - 1, longest}:
+        expected = stock_score(stock, query, pool[index], question, clean(pool[index].txt or ""))
+        assert whole[index] == pytest.approx(expected, abs=1e-6)
+    (cut,) = reranker.score_many([(query, pool)], max_tokens=600)
+    np.testing.assert_allclose(cut, whole, **EXACT)
+    assert num == 1 or np.ptp(whole) > 1e-4  # else a mixed-up answer could not be told
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_and_videos_are_read_in_their_order(judges, pictures, kind):
+    """A query of several parts beside candidates of one: the tree against each pair alone."""
+    reranker, _ = judges[kind]
+    query = Query(
+        qid="9:1", parts=(Picture(pictures["kite"]), "longer sleeves", Picture(pictures["boat"]), "and blue")
+    )
+    pool = [
+        Candidate(did="9:1", parts=("a hill", Picture(pictures["hill"]), "and", Picture(pictures["tower"]))),
+        Candidate(did="9:2", txt="a hill"),
+        Candidate(did="9:3", img_path=pictures["hill"]),
+    ]
+    alone = np.concatenate([reranker.score(query, [candidate]) for candidate in pool])
+    np.testing.assert_allclose(reranker.score(query, pool), alone, **EXACT)
+    text = reranker._tokenizer.decode(reranker.builder.pair_ids(query, pool[0]))
+    text = re.sub(r"<\|vision_start\|>(<\|image_pad\|>)+<\|vision_end\|>", "#", text)
+    assert "Query:#Longer sleeves.#And blue.Candidate:A hill.#And.#<|im_end|>" in text
 
 
 def test_a_picture_goes_through_the_tower_once(reranker, questions, pictures, monkeypatch):
@@ -137,7 +179,9 @@ def test_a_picture_goes_through_the_tower_once(reranker, questions, pictures, mo
     monkeypatch.setattr(
         visual, "forward", lambda self, *a, **k: seen.append(len(k["grid_thw"])) or forward(self, *a, **k)
     )
-    fresh = Reranker(reranker.model, reranker.adapter, reranker._tokenizer, reranker.settings, source="")
+    fresh = Reranker(
+        reranker.model, reranker.adapter, reranker._tokenizer, reranker.settings, source=""
+    ).eval()
     pool = [Candidate(did=f"9:{n}", img_path=pictures[name]) for n, name in enumerate([*pictures] * 3)]
     first = fresh.score_many([(query, pool) for query, _ in questions], max_tokens=150)
     assert sum(seen) == len(pictures)

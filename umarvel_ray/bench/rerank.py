@@ -154,7 +154,7 @@ def _prepared(
 
     def run() -> Answer:
         # Nothing read or computed before may help: each run starts from files and words.
-        reranker = Reranker(model, adapter, tokenizer, RerankerSettings(), source=folder)
+        reranker = Reranker(model, adapter, tokenizer, RerankerSettings(), source=folder).eval()
         return {"p_yes": np.stack(judge(reranker, model, lists))}
 
     builder = TreeBuilder(tokenizer, adapter, RerankerSettings())

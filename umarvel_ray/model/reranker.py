@@ -106,25 +106,27 @@ class Reranker(nn.Module):
     def _features_of(self, shown: Sequence[Shown]) -> VisionFeatures:
         """Of all pictures, in order; each different one goes through the tower once.
 
-        A frozen tower's output is kept for the micro-batches and steps that follow.
+        A frozen tower's output is kept for the micro-batches that follow; not in training, where workers that
+        share a sharded tower must call it together.
         """
-        frozen = not any(parameter.requires_grad for parameter in core_of(self.model).visual.parameters())
+        tower = core_of(self.model).visual
+        keeps = not (self.training or any(parameter.requires_grad for parameter in tower.parameters()))
         found: dict[str, VisionFeatures] = {}
         missing: dict[str, Visual] = {}
         for one in shown:
             if one.path not in found and one.path not in missing:
-                kept = self._features.get(one.path) if frozen else None
+                kept = self._features.get(one.path) if keeps else None
                 if kept is None:
                     missing[one.path] = one.visual
                 else:
                     found[one.path] = kept
         if missing:
-            # What is kept serves training too, whoever asks first.
-            with torch.inference_mode(False), torch.set_grad_enabled(not frozen and torch.is_grad_enabled()):
+            # What is kept serves gradients too, whoever asks first.
+            with torch.inference_mode(False), torch.set_grad_enabled(not keeps and torch.is_grad_enabled()):
                 fresh = self._look_at(list(missing.values()))
             for path, own in zip(missing, fresh, strict=True):
                 found[path] = own
-                if frozen:
+                if keeps:
                     self._features.put(path, own)
         every = [found[one.path] for one in shown]
         return VisionFeatures(

@@ -214,7 +214,7 @@ def rerank(config: RerankConfig, runtime: RuntimeSettings, view: View) -> Summar
     fusion = Fusion(
         config.fusion,
         tuned["alpha"] if config.fusion == "alpha" else config.weight,
-        config.released_or_own_weights,
+        config.weights_by_task,
     )
     write_json(output / "alpha.json", {**tuned, "fusion": fusion.facts()})
     pairs = sum(own.num_pairs for own in scores)

@@ -307,9 +307,11 @@ def _backend(config: RerankConfig) -> Any:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reranker = Reranker.load(config.checkpoint, device=device, dtype=config.compute_dtype)
-    reranker.keep_pictures(config.picture_bytes)
 
     def score_many(lists: Sequence[tuple[Query, Sequence[Candidate]]]) -> list[np.ndarray]:
+        # Pictures are looked at once a part, not once an actor: who shares a pass through the tower moves the
+        # last bit, and a part must come out the same whoever scores it, after whatever.
+        reranker.keep_pictures(config.picture_bytes)
         return reranker.score_many(lists, max_tokens=config.max_tokens, num_readers=config.readers)
 
     return score_many

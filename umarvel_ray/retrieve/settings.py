@@ -175,7 +175,7 @@ class RerankConfig(FusionSettings):
     """Choose alpha and stop: no test split may be among the requests. What `umarvel rerank --tune` sets."""
 
     @property
-    def released_or_own_weights(self) -> dict[str, float]:
+    def weights_by_task(self) -> dict[str, float]:
         """α or w of single tasks."""
         return (RELEASED_WEIGHTS if self.fusion == "sum" else {}) if self.by_task is None else self.by_task
 
