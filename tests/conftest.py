@@ -29,7 +29,13 @@ ENVIRONMENT = {
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
-pytest_plugins = ["fixtures_model", "fixtures_backbones", "fixtures_run", "fixtures_recipe", "fixtures_rerank"]
+pytest_plugins = [
+    "fixtures_model",
+    "fixtures_backbones",
+    "fixtures_run",
+    "fixtures_recipe",
+    "fixtures_rerank",
+]
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from umarvel_ray.data.mbeir import (
 from umarvel_ray.data.own import RecordSource
 from umarvel_ray.data.records import MODALITIES, Candidate, Query
 from umarvel_ray.errors import ConfigError, DataError
+from umarvel_ray.storage import join
 
 InstructionChoice = Literal["first", "seeded"]
 _SHARED_POOLS = {"oven": "oven+infoseek", "infoseek": "oven+infoseek"}
@@ -171,7 +172,7 @@ class QueryFile:
         return Query(
             qid=qid,
             txt=values["txt"],
-            img_path=str(Path(self.root) / img_path) if img_path else None,
+            img_path=join(self.root, img_path) if img_path else None,
             instruction=values["instruction"] or self.instruction,
         )
 

@@ -10,6 +10,7 @@ import torch
 from umarvel_ray.artifacts import atomic_folder, write_json
 from umarvel_ray.errors import CheckpointError, OutputError
 from umarvel_ray.export import Format
+from umarvel_ray.export.rerankers import export_reranker, is_reranker
 from umarvel_ray.model.backbone import HUB_PREFIX, load_backbone
 from umarvel_ray.model.encoder import SETTINGS_FILE, Encoder
 from umarvel_ray.model.lora import ADAPTER_FOLDER, chained_adapter, is_adapter
@@ -24,10 +25,10 @@ def export(checkpoint: str, output: Path, *, format: Format, base: str | None = 
     """Write `checkpoint` as `output`, whole or not at all.
 
     Args:
-        checkpoint: Of an encoder: ours, a released one, or a PEFT adapter.
+        checkpoint: Of an encoder: ours, a released one, or a PEFT adapter. Or a reranker of ours.
         output: A folder that is not there yet.
         format: `transformers`: merged weights. `peft`: one adapter on the backbone that training began with.
-            `sentence-transformers`: merged weights and the code that embeds with them.
+            `sentence-transformers`: merged weights and the code that embeds, or scores pairs, with them.
         base: For an adapter: the checkpoint that it was trained on. With `peft`: the name by which others
             know the backbone, such as a hub id; the folder itself where left out.
 
@@ -38,6 +39,9 @@ def export(checkpoint: str, output: Path, *, format: Format, base: str | None = 
     output = Path(output)
     if output.exists():
         raise OutputError(f"{output}: exists already. Give a new folder, or remove it.")
+    if is_reranker(checkpoint):
+        export_reranker(checkpoint, output, format=format, dtype=stored_dtype(checkpoint))
+        return
     if format == "peft":
         tokens = _added_tokens(checkpoint)
         with atomic_folder(output) as folder:

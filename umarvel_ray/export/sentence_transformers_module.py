@@ -35,6 +35,7 @@ class UMarvel(InputModule):
     """Prompt, backbone, pooling and unit norm in one."""
 
     config_file_name = SETTINGS
+    auto_class: Any = AutoModel
 
     def __init__(
         self, model: Any, tokenizer: Any, settings: dict[str, Any], processor: dict[str, Any]
@@ -67,19 +68,22 @@ class UMarvel(InputModule):
         folder = cls.load_dir_path(model_name_or_path, subfolder=subfolder, **hub) or model_name_or_path
         read = {
             name: json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-            for name in (SETTINGS, "preprocessor_config.json")
+            for name in (cls.config_file_name, "preprocessor_config.json")
         }
         options = {"attn_implementation": "sdpa", "config": AutoConfig.from_pretrained(folder)}
-        model = AutoModel.from_pretrained(folder, **options | (model_kwargs or {}))
+        model = cls.auto_class.from_pretrained(folder, **options | (model_kwargs or {}))
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(model.eval(), tokenizer, read[SETTINGS], read["preprocessor_config.json"])
+        return cls(model.eval(), tokenizer, read[cls.config_file_name], read["preprocessor_config.json"])
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Everything that `load` reads."""
         folder = Path(output_path)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        for name, values in ((SETTINGS, self.settings), ("preprocessor_config.json", self.processor)):
+        for name, values in (
+            (self.config_file_name, self.settings),
+            ("preprocessor_config.json", self.processor),
+        ):
             (folder / name).write_text(json.dumps(values, indent=2), encoding="utf-8")
 
     @property

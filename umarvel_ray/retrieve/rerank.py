@@ -7,12 +7,11 @@ share candidates stand beside each other, so that a picture is read and looked a
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from umarvel_ray.artifacts import file_fingerprint, fingerprint
+from umarvel_ray.artifacts import data_fingerprint, fingerprint
 from umarvel_ray.data.mbeir import Mbeir
 from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.data.sources import (
@@ -29,6 +28,7 @@ from umarvel_ray.model.reranker import Reranker
 from umarvel_ray.retrieve.embed import checkpoint_fingerprint
 from umarvel_ray.retrieve.scores import Scores
 from umarvel_ray.retrieve.settings import RerankConfig, run_path
+from umarvel_ray.storage import Place, at
 
 
 class Queries(Protocol):
@@ -64,12 +64,12 @@ class ScoredList:
     name: str
     split: str
     scope: str
-    run: Path
+    run: Place
     depth: int
     rows: np.ndarray
     queries: Queries
     pools: tuple[PoolSource, ...]
-    folder: Path
+    folder: Place
     facts: dict[str, Any]
 
     @property
@@ -88,7 +88,7 @@ class ScoreTask:
     """
 
     of: ScoredList
-    part: Path
+    part: Place
 
     @property
     def num_queries(self) -> int:
@@ -101,13 +101,13 @@ class ScoreTask:
         return {**self.of.facts, "rows": fingerprint(self.of.rows.tolist())}
 
 
-def open_run(path: Path) -> Run:
+def open_run(path: Place) -> Run:
     """A run of ours, or TREC's text form."""
     return _open_run(path, path.stat().st_mtime_ns if path.exists() else 0)
 
 
 @lru_cache(maxsize=8)
-def _open_run(path: Path, mtime_ns: int) -> Run:
+def _open_run(path: Place, mtime_ns: int) -> Run:
     """Its time is part of the key, so a run that was replaced is read again."""
     return Run.read(path) if path.suffix == ".arrow" else import_trec(path)
 
@@ -191,23 +191,23 @@ def _mbeir_lists(config: RerankConfig, how: dict[str, Any]) -> list[ScoredList]:
 def _file_lists(config: RerankConfig, how: dict[str, Any]) -> list[ScoredList]:
     return [
         _scored_list(
-            config, how, name=one.name, split=one.split, scope="local", run=Path(one.run), depth=one.depth,
+            config, how, name=one.name, split=one.split, scope="local", run=at(one.run), depth=one.depth,
             share=1.0, queries=QueryFile(one.queries, one.root, one.instruction),
-            pools=tuple(PoolSource(name=Path(path).stem, root=one.root, path=path) for path in one.pools),
+            pools=tuple(PoolSource(name=at(path).stem, root=one.root, path=path) for path in one.pools),
         )
         for one in config.lists
     ]  # fmt: skip
 
 
 def _scored_list(
-    config: RerankConfig, how: dict[str, Any], *, name: str, split: str, scope: str, run: Path, depth: int,
+    config: RerankConfig, how: dict[str, Any], *, name: str, split: str, scope: str, run: Place, depth: int,
     share: float, queries: Queries, pools: tuple[PoolSource, ...],
 ) -> ScoredList:  # fmt: skip
     opened = open_run(run)
     rows = sampled_rows(len(opened), share, seed=config.seed, name=name)
     facts = {
         **how,
-        "run": file_fingerprint(run),
+        "run": data_fingerprint(run),
         "depth": depth,
         "share": share,
         "seed": config.seed if share < 1 else None,
@@ -223,7 +223,7 @@ def _scored_list(
         rows=neighbourhoods(opened, rows, depth),
         queries=queries,
         pools=pools,
-        folder=Path(config.output) / "parts" / split / f"{name}.{scope}",
+        folder=at(config.output) / "parts" / split / f"{name}.{scope}",
         facts=facts,
     )
 

@@ -8,13 +8,13 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from umarvel_ray.artifacts import atomic_write, changed_settings
 from umarvel_ray.errors import ShardError
+from umarvel_ray.storage import at, local_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -139,7 +139,7 @@ def read_table(path: str | os.PathLike) -> tuple["pa.Table", dict[str, Any]]:
     import pyarrow as pa
 
     try:
-        with pa.memory_map(os.fspath(path)) as source:
+        with pa.memory_map(str(local_file(path))) as source:
             table = pa.ipc.open_file(source).read_all()
         return table, json.loads((table.schema.metadata or {})[_METADATA_KEY])
     except FileNotFoundError:
@@ -159,7 +159,7 @@ def require_facts(facts: Mapping[str, Any], wanted: Mapping[str, Any], path: str
         key, before, now = changes[0]
         raise ShardError(
             f"{path}: these scores were made with other settings: {len(changes)} differ (first: {key} was "
-            f"{before!r}, is {now!r}). Score again into another folder, or remove {Path(path).parent}."
+            f"{before!r}, is {now!r}). Score again into another folder, or remove {at(path).parent}."
         )
 
 
