@@ -1,4 +1,4 @@
-"""The same prompts go to vLLM, and its two log-probabilities come back as scores. An engine stands in for it."""
+"""The same prompts go to vLLM, its two log-probabilities come back as scores; an engine stands in for it."""
 
 import sys
 from types import SimpleNamespace

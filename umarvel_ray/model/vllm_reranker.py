@@ -1,4 +1,4 @@
-"""The reranker's pairs through vLLM, where it is installed: its engine, its prefix cache, its image processor.
+"""The reranker's pairs through vLLM, where it is installed: its engine, prefix cache and image processor.
 
 Scores are those of `Reranker` up to what two implementations of one model differ by; the prompt, token by
 token, is the same. A pair is one request of one token, Yes or No.
@@ -43,8 +43,8 @@ class VllmReranker:
             import vllm
         except ImportError:
             raise CheckpointError(
-                "backend 'vllm' needs vLLM, which is not installed: `pip install 'umarvel-ray[vllm]'`, or take "
-                "backend 'tree'."
+                "backend 'vllm' needs vLLM, which is not installed: `pip install 'umarvel-ray[vllm]'`, or "
+                "take backend 'tree'."
             ) from None
         from transformers import AutoConfig, AutoTokenizer
 
