@@ -128,6 +128,14 @@ class ListSet:
     items: tuple[TrainingItem, ...]
     fingerprint: str = "list"
 
+    @property
+    def tasks(self) -> np.ndarray:
+        return np.zeros(len(self), dtype=np.int64)
+
+    @property
+    def questions(self) -> np.ndarray:
+        return np.arange(len(self))
+
     def __len__(self) -> int:
         return len(self.items)
 
@@ -152,6 +160,15 @@ def training_item(
         scores=None if scores is None else tuple(scores),
         relevant=frozenset((positive.txt, positive.img_path) for positive in positives),
     )
+
+
+def replicated(model: Any, lanes: Any, **settings: Any) -> Any:
+    """The plain strategy."""
+    from umarvel_ray.train.settings import TrainSettings
+    from umarvel_ray.train.strategy import Replicated
+
+    values = {"batch_size": 1, "num_steps": 1, "learning_rate": 1e-3} | settings
+    return Replicated(model, lanes, TrainSettings(**values))
 
 
 def write_nli(folder: Path) -> Path:

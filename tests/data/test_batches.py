@@ -62,7 +62,8 @@ def column_words(batch: ContrastiveBatch) -> list[str | None]:
 
 def false_words(batch: ContrastiveBatch, query: int) -> set[str | None]:
     """Texts that are no negatives of a query."""
-    return {txt for txt, false in zip(column_words(batch), batch.false_QC[query], strict=True) if false}
+    pairs = zip(*batch.false_pairs, strict=True)
+    return {column_words(batch)[column] for row, column in pairs if row == query}
 
 
 def test_identical_content_shares_a_column():
@@ -78,8 +79,10 @@ def test_identical_content_shares_a_column():
     assert column_words(batch) == ["kite", "sea"] and batch.num_candidates == 2
     assert batch.positive_Q.tolist() == [0, 0, 1]
     assert batch.others_QK.tolist() == [[1, 1], [-1, -1], [0, -1]]
-    assert batch.own_columns().tolist() == [[True, True], [True, False], [True, True]]
-    assert not batch.false_QC.any() and batch.teacher_QK is None
+    columns, counts = batch.listed()
+    assert columns.tolist() == [[0, 1, 1], [0, 0, 0], [1, 0, 0]]
+    assert counts.tolist() == [[True, True, False], [True, False, False], [True, True, False]]
+    assert len(batch.false_pairs[0]) == 0 and batch.teacher_QK is None
 
 
 def test_other_positives_and_their_twins_are_no_negatives():
@@ -123,7 +126,7 @@ def test_the_own_positive_is_never_masked():
             question = ask(f"9:{number}", "ab"[int(rng.integers(2))])
             items.append(training_item(question, *drawn[: int(rng.integers(1, 4))], others=drawn[2:]))
         batch = batch_of(*items)
-        assert not batch.false_QC[np.arange(5), batch.positive_Q].any()
+        assert not set(enumerate(batch.positive_Q)) & set(zip(*batch.false_pairs, strict=True))
         for query, item in enumerate(items):
             assert batch.records[5 + batch.positive_Q[query]].txt == item.positive.txt
             same = [other for other in items if other.query.txt == item.query.txt]

@@ -4,64 +4,79 @@ import json
 
 import pytest
 import torch
+from fixtures_model import replicated
 from torch import nn
 
 from umarvel_ray.errors import CheckpointError
-from umarvel_ray.train.checkpoint import MetricsLog, restore_latest, save_state
-from umarvel_ray.train.optimizer import make_optimizer
+from umarvel_ray.train.checkpoint import MetricsLog, latest_state, restore, save_state
+from umarvel_ray.train.gather import Lanes
+from umarvel_ray.train.strategy import Replicated
 
 
-def trained_model(seed: int, steps: int, width: int = 2) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, width), nn.Linear(width, 1)).requires_grad_(True)
-    model[1].requires_grad_(False)
-    optimizer = make_optimizer(model, weight_decay=0.1, betas=(0.9, 0.999))
-    for group in optimizer.param_groups:
-        group["lr"] = 0.1
+class Two(nn.Module):
+    """A body of two layers, of which one trains, and a scalar beside it."""
+
+    def __init__(self, seed: int, width: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(3, width), nn.Linear(width, 1))
+        self.model[1].requires_grad_(False)
+        self.temperature = nn.Parameter(torch.tensor(1.0 + seed))
+
+
+def trained(seed: int, steps: int) -> tuple[Two, Replicated]:
+    model = Two(seed)
+    strategy = replicated(model, Lanes(1), weight_decay=0.1)
     for _ in range(steps):
-        model(torch.randn(4, 3)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, optimizer
+        (model.model(torch.randn(4, 3)) * model.temperature).sum().backward()
+        strategy.step(0.1)
+    return model, strategy
 
 
 def test_a_state_comes_back_to_the_last_bit(tmp_path):
-    model, optimizer = trained_model(0, steps=3)
-    save_state(tmp_path, model, optimizer, step=3, keep=2)
-    other, other_optimizer = trained_model(1, steps=0)
-    frozen = {name: tensor.clone() for name, tensor in other[1].state_dict().items()}
-    assert restore_latest(tmp_path, other, other_optimizer) == 3
-    for name, tensor in model[0].state_dict().items():
-        assert torch.equal(other[0].state_dict()[name], tensor)
-    assert all(torch.equal(other[1].state_dict()[name], tensor) for name, tensor in frozen.items())
-    before, after = optimizer.state_dict()["state"], other_optimizer.state_dict()["state"]
-    assert before.keys() == after.keys()
-    assert all(
-        torch.equal(torch.as_tensor(before[n][k]), torch.as_tensor(after[n][k]))
-        for n in before
-        for k in before[n]
-    )
+    model, strategy = trained(0, steps=3)
+    save_state(tmp_path, strategy.state(), step=3, keep=2, facts={"seed": 7})
+    other = Two(1)
+    frozen = {name: tensor.clone() for name, tensor in other.model[1].state_dict().items()}
+    state = latest_state(tmp_path)
+    assert state is not None and state.step == 3 and state.facts["seed"] == 7
+    restore(other, state, where=tmp_path)
+    other_strategy = replicated(other, Lanes(1), weight_decay=0.1)
+    other_strategy.set_moments(state.tensors, step=3)
+    assert all(torch.equal(other.model[1].state_dict()[name], tensor) for name, tensor in frozen.items())
+    other.model[1].load_state_dict(model.model[1].state_dict())
+    for _ in range(2):  # a state is whole if the next steps are the same
+        inputs = torch.randn(4, 3)
+        for mine, how in ((model, strategy), (other, other_strategy)):
+            (mine.model(inputs) * mine.temperature).sum().backward()
+            how.step(0.1)
+        before, after = strategy.state(), other_strategy.state()
+        assert before.keys() == after.keys() and len(before) == 9
+        assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_newest_whole_state_counts_and_old_ones_go(tmp_path):
-    model, optimizer = trained_model(0, steps=1)
-    assert restore_latest(tmp_path, model, optimizer) == 0
+def test_the_newest_whole_state_counts_and_old_ones_go_but_the_best(tmp_path):
+    _, strategy = trained(0, steps=1)
+    assert latest_state(tmp_path) is None
     for step in (5, 10, 15):
-        save_state(tmp_path, model, optimizer, step=step, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000010", "step-000015"]
+        save_state(tmp_path, strategy.state(), step=step, keep=2, best=step == 5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-000010", "step-000015"]
+    assert json.loads((tmp_path / "best" / "state.json").read_text())["step"] == 5
     (tmp_path / ".step-000020.abc.tmp").mkdir()  # what a process killed while writing leaves
-    assert restore_latest(tmp_path, model, optimizer) == 15
+    newest = latest_state(tmp_path)
+    assert newest is not None and newest.step == 15
 
 
 def test_a_state_of_another_model_is_refused(tmp_path):
-    model, optimizer = trained_model(0, steps=1)
-    save_state(tmp_path, model, optimizer, step=1, keep=1)
+    model, strategy = trained(0, steps=1)
+    save_state(tmp_path, strategy.state(), step=1, keep=1)
+    state = latest_state(tmp_path)
+    assert state is not None
     model.requires_grad_(True)
-    with pytest.raises(CheckpointError, match=r"step-000001: .* 2 differ \(first: 1.bias\)"):
-        restore_latest(tmp_path, model, optimizer)
-    wider, wider_optimizer = trained_model(0, steps=1, width=4)
-    with pytest.raises(CheckpointError, match=r"step-000001: .*first: 0\.(bias|weight)"):
-        restore_latest(tmp_path, wider, wider_optimizer)
+    with pytest.raises(CheckpointError, match=r"step-000001: .* 2 differ \(first: model.1.bias\)"):
+        restore(model, state, where=tmp_path)
+    with pytest.raises(CheckpointError, match=r"step-000001: .*first: model\.0\.(bias|weight)"):
+        restore(Two(0, width=4), state, where=tmp_path)
 
 
 def test_the_log_drops_lines_of_steps_that_run_again(tmp_path):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures_model import ListSet, training_item
+from fixtures_model import ListSet, replicated, training_item
 from torch import Tensor
 
 from umarvel_ray.data.batches import BatchPlan
@@ -93,7 +93,9 @@ def step(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Figures and gradients of one step over the whole set."""
     plan = BatchPlan(num_rows=len(data), batch_size=len(data), seed=1)
-    task = ContrastiveTask(encoder, data, settings, plan=plan, lanes=lanes, max_tokens=max_tokens)
+    task = ContrastiveTask(
+        encoder, data, settings, plan=plan, strategy=replicated(encoder, lanes), max_tokens=max_tokens
+    )
     figures = task.backward(task.prepare(0), seed=seed)
     trained = {name: p.grad for name, p in encoder.named_parameters() if p.requires_grad}
     assert all(gradient is not None for gradient in trained.values())
@@ -127,9 +129,11 @@ def reference_step(
     for item in items:
         own = key(item.positive)
         question = (item.query.txt, item.query.img_path)
-        false = relevant[question] - {own} if settings.mask_false_negatives else set()
+        if not settings.mask_false_negatives:  # every item is a candidate of its own
+            pools.append([key(c) for other in items for c in (other.positive, *other.others)])
+            continue
         listed = {own, *map(key, item.others)} if settings.negatives == "own" else set(content)
-        pools.append(listed - false)
+        pools.append(listed - (relevant[question] - {own}))
     for number, item in enumerate(items):
         asker = embed(item.query)
         if settings.kind == "distillation":
@@ -145,6 +149,7 @@ def reference_step(
                 embed(other.query)
                 for place, other in enumerate(items)
                 if place == number
+                or not settings.mask_false_negatives
                 or (key(other.positive) != key(item.positive) and key(item.positive) in pools[place])
             ]
             loss = loss + settings.candidate_to_query * cross_entropy(positive, asker, askers)
@@ -222,7 +227,14 @@ def test_a_lane_of_texts_alone_trains_the_vision_tower_too(backbone, pictures):
         (training_item(Query(qid="9:1", txt="a boat"), photo, others=[Candidate(did="9:2", txt="No.")]),)
     )
     plan = BatchPlan(num_rows=1, batch_size=1, seed=0)
-    task = ContrastiveTask(encoder, data, ContrastiveSettings(), plan=plan, lanes=Lanes(2), max_tokens=ONE)
+    task = ContrastiveTask(
+        encoder,
+        data,
+        ContrastiveSettings(),
+        plan=plan,
+        strategy=replicated(encoder, Lanes(2)),
+        max_tokens=ONE,
+    )
     prepared = task.prepare(0)
     assert [sum(bool(item.visuals) for item in prepared.items_by_lane[lane]) for lane in (0, 1)] == [
         1,
@@ -251,7 +263,14 @@ def test_half_precision_weights_take_their_gradient(backbone, pictures, trainabl
 def test_tau_stays_positive(backbone, pictures):
     encoder, data = load_encoder(backbone), pairs(pictures)
     plan = BatchPlan(num_rows=5, batch_size=5, seed=0)
-    task = ContrastiveTask(encoder, data, ContrastiveSettings(), plan=plan, lanes=Lanes(1), max_tokens=ONE)
+    task = ContrastiveTask(
+        encoder,
+        data,
+        ContrastiveSettings(),
+        plan=plan,
+        strategy=replicated(encoder, Lanes(1)),
+        max_tokens=ONE,
+    )
     with torch.no_grad():
         encoder.temperature.fill_(-0.5)
     task.after_step()

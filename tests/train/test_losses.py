@@ -8,41 +8,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from umarvel_ray.train.losses import answer_loss, info_nce, list_distillation
+from umarvel_ray.train.losses import answer_loss, list_cross_entropy, list_distillation
 
 
 def unit(*shape: int, seed: int) -> Tensor:
     return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def reference_info_nce(
-    query_QD: Tensor, candidate_CD: Tensor, positive_Q: list[int], tau: float, ignore_QC: np.ndarray
-) -> list[float]:
-    losses = []
-    for q, positive in enumerate(positive_Q):
-        exponents = {
-            c: math.exp(float(query_QD[q].double() @ candidate.double()) / tau)
-            for c, candidate in enumerate(candidate_CD)
-            if not ignore_QC[q, c]
-        }
-        losses.append(-math.log(exponents[positive] / math.fsum(exponents.values())))
-    return losses
-
-
 @pytest.mark.parametrize("tau", [0.02, 0.05, 1.0])
-def test_info_nce(tau):
-    query_QD, candidate_CD = unit(3, 8, seed=0), unit(5, 8, seed=1)
-    positive_Q = [2, 0, 2]
-    ignore_QC = np.zeros((3, 5), dtype=bool)
-    ignore_QC[0, [0, 3]] = ignore_QC[1, [1, 2, 3, 4]] = True
-    loss_Q = info_nce(
-        query_QD,
-        candidate_CD,
-        positive_Q=torch.tensor(positive_Q),
-        temperature=torch.tensor(tau),
-        ignore_QC=torch.from_numpy(ignore_QC),
-    )
-    expected_Q = reference_info_nce(query_QD, candidate_CD, positive_Q, tau, ignore_QC)
+def test_list_cross_entropy(tau):
+    """The positive stands first; what does not count may hold anything."""
+    query_QD, list_QGD = unit(3, 8, seed=0), unit(3, 4, 8, seed=1)
+    counts_QG = torch.tensor([[True, True, False, True], [True, False, False, False], [True] * 4])
+    loss_Q = list_cross_entropy(query_QD, list_QGD, counts_QG=counts_QG, temperature=torch.tensor(tau))
+    expected_Q = []
+    for query, own, counts in zip(query_QD.double(), list_QGD.double(), counts_QG, strict=True):
+        exponents = [math.exp(float(query @ other) / tau) for other in own[counts]]
+        expected_Q.append(-math.log(exponents[0] / math.fsum(exponents)))
     np.testing.assert_allclose(loss_Q, expected_Q, rtol=1e-4, atol=1e-5)
     assert loss_Q[1] == 0  # nothing is left to tell its positive from
 
@@ -109,50 +91,17 @@ def test_what_lies_behind_a_short_list_gets_no_gradient():
     assert (gradient_QKD[0].abs().sum(1) > 0).all()
 
 
-def test_an_ignored_candidate_gets_no_gradient():
-    query_QD, candidate_CD = unit(2, 8, seed=6), unit(4, 8, seed=7).requires_grad_()
-    ignore_QC = torch.zeros(2, 4, dtype=torch.bool)
-    ignore_QC[:, 3] = True
-    info_nce(
-        query_QD,
-        candidate_CD,
-        positive_Q=torch.tensor([0, 1]),
-        temperature=torch.tensor(0.05),
-        ignore_QC=ignore_QC,
-    ).sum().backward()
-    gradient_CD = candidate_CD.grad
-    assert gradient_CD is not None
-    assert (gradient_CD[3] == 0).all() and (gradient_CD[:3].abs().sum(1) > 0).all()
-
-
-@pytest.mark.parametrize("kind", ["info_nce", "distillation"])
-def test_the_gradient_of_tau(kind):
-    """Central differences of the float64 loops; as the teacher's temperature τ gets no gradient."""
+def test_the_gradient_of_tau():
+    """Central differences of the float64 loop; as the teacher's temperature τ gets no gradient."""
     tau = torch.tensor(0.1, requires_grad=True)
-    if kind == "info_nce":
-        query_QD, candidate_CD = unit(3, 8, seed=0), unit(5, 8, seed=1)
-        ignore_QC = np.zeros((3, 5), dtype=bool)
-        ignore_QC[0, 3] = True
-        loss_Q = info_nce(
-            query_QD,
-            candidate_CD,
-            positive_Q=torch.tensor([2, 0, 1]),
-            temperature=tau,
-            ignore_QC=torch.from_numpy(ignore_QC),
-        )
+    query_QD, list_QKD, teacher_QK, lengths, scores = distillation_case()
+    loss_Q = list_distillation(
+        query_QD, list_QKD, teacher_QK=teacher_QK, temperature=tau, teacher_temperature=tau
+    )
+    lists = [rows[:length] for rows, length in zip(list_QKD, lengths, strict=True)]
 
-        def loss(value: float) -> float:
-            return sum(reference_info_nce(query_QD, candidate_CD, [2, 0, 1], value, ignore_QC))
-
-    else:
-        query_QD, list_QKD, teacher_QK, lengths, scores = distillation_case()
-        loss_Q = list_distillation(
-            query_QD, list_QKD, teacher_QK=teacher_QK, temperature=tau, teacher_temperature=tau
-        )
-        lists = [rows[:length] for rows, length in zip(list_QKD, lengths, strict=True)]
-
-        def loss(value: float) -> float:
-            return sum(reference_distillation(query_QD, lists, scores, value, 0.1))
+    def loss(value: float) -> float:
+        return sum(reference_distillation(query_QD, lists, scores, value, 0.1))
 
     (gradient,) = torch.autograd.grad(loss_Q.sum(), tau)
     step = 1e-5
@@ -160,15 +109,11 @@ def test_the_gradient_of_tau(kind):
 
 
 def test_half_precision_is_computed_in_float32():
-    query_QD, candidate_CD = unit(3, 8, seed=0).bfloat16(), unit(5, 8, seed=1).bfloat16()
-    rest = {
-        "positive_Q": torch.tensor([2, 0, 1]),
-        "temperature": torch.tensor(0.05),
-        "ignore_QC": torch.zeros(3, 5, dtype=torch.bool),
-    }
-    loss_Q = info_nce(query_QD, candidate_CD, **rest)
+    query_QD, list_QGD = unit(3, 8, seed=0).bfloat16(), unit(3, 5, 8, seed=1).bfloat16()
+    rest = {"temperature": torch.tensor(0.05), "counts_QG": torch.ones(3, 5, dtype=torch.bool)}
+    loss_Q = list_cross_entropy(query_QD, list_QGD, **rest)
     assert loss_Q.dtype == torch.float32
-    assert torch.equal(loss_Q, info_nce(query_QD.float(), candidate_CD.float(), **rest))
+    assert torch.equal(loss_Q, list_cross_entropy(query_QD.float(), list_QGD.float(), **rest))
     logits_TV = torch.randn(4, 9).bfloat16()
     target_T = torch.tensor([0, 8, 3, 3])
     expected_T = -logits_TV.float().log_softmax(1)[range(4), target_T]

@@ -64,5 +64,5 @@ def test_a_gradient_is_clipped_to_the_norm_and_its_norm_told():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_stops_the_run(value):
     require_finite(step=3, samples=["9:1"], loss=0.5, grad_norm=1.0)
-    with pytest.raises(TrainingError, match=rf"step 3: grad_norm is {value} .* 2 queries \(first: 9:1\)"):
+    with pytest.raises(TrainingError, match=rf"step 3: grad_norm is {value} .* 2 records \(first: 9:1\)"):
         require_finite(step=3, samples=["9:1", "9:2"], loss=0.5, grad_norm=value)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fixtures_model import ListSet, training_item
+from fixtures_model import ListSet, replicated, training_item
 from torch import Tensor
 
 from umarvel_ray.data.batches import BatchPlan
@@ -57,7 +57,7 @@ def task(
         data,
         RerankerTrainSettings(**settings),
         plan=plan,
-        lanes=lanes,
+        strategy=replicated(reranker, lanes),
         max_tokens=max_tokens,
         seed=4,
     )

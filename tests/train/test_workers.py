@@ -1,5 +1,9 @@
-"""Two processes that talk over gloo give the gradients of one process that plays both, to the last bit."""
+"""Processes that talk over gloo give the gradients of one process that plays all their lanes.
 
+`ddp` to the last bit. The strategies that shard add in an order of their own: to float32 rounding.
+"""
+
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +16,28 @@ from torch import Tensor
 from umarvel_ray.data.batches import BatchPlan
 from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.model.encoder import Encoder
+from umarvel_ray.model.reranker import Reranker
 from umarvel_ray.model.settings import LoraSettings
 from umarvel_ray.train.contrastive import ContrastiveTask
 from umarvel_ray.train.gather import Lanes, WorkerLanes
-from umarvel_ray.train.settings import ContrastiveSettings
+from umarvel_ray.train.pairs import RerankerTask
+from umarvel_ray.train.settings import (
+    ContrastiveSettings,
+    RerankerTrainSettings,
+    StrategySettings,
+    TrainSettings,
+)
+from umarvel_ray.train.strategy import make_strategy
 
 
 def hard_negatives(pictures: dict[str, str]) -> ListSet:
-    """Ragged lists, words and pictures: lanes differ in items, tokens and chunks."""
+    """Ragged lists, words and pictures, a second positive: lanes differ in items, tokens and chunks."""
     photos = {name: Candidate(did=f"9:{name}", img_path=path) for name, path in pictures.items()}
     sea = Candidate(did="9:sea", txt="At sea.")
+    kite = Query(qid="9:1", txt="a kite", instruction="Find.")
     return ListSet(
         (
-            training_item(Query(qid="9:1", txt="a kite", instruction="Find."), photos["kite"], others=[sea]),
+            training_item(kite, photos["kite"], photos["hill"], others=[sea]),
             training_item(Query(qid="9:2", img_path=pictures["boat"]), sea, others=[photos["hill"]]),
             training_item(Query(qid="9:3", txt="a tower " * 9), photos["tower"]),
         )
@@ -32,7 +45,7 @@ def hard_negatives(pictures: dict[str, str]) -> ListSet:
 
 
 def one_picture(pictures: dict[str, str]) -> ListSet:
-    """The picture goes to the first lane; the second has texts alone."""
+    """The picture goes to one lane; the others have texts alone, or, of four, nothing at all."""
     photo, text = Candidate(did="9:1", img_path=pictures["boat"]), Candidate(did="9:2", txt="No.")
     return ListSet((training_item(Query(qid="9:1", txt="a boat"), photo, others=[text]),))
 
@@ -41,57 +54,143 @@ CASES: list[dict[str, Any]] = [
     {"data": hard_negatives, "trainable": "lora", "max_tokens": 60},
     {"data": hard_negatives, "trainable": "lora", "max_tokens": 8192},
     {"data": one_picture, "trainable": "full", "max_tokens": 8192},
+    {"data": hard_negatives, "trainable": "full", "max_tokens": 60, "model": "reranker"},
 ]
+STRATEGIES = {
+    "fsdp2": StrategySettings(kind="fsdp2"),
+    **{f"zero{stage}": StrategySettings(kind="deepspeed", zero_stage=stage) for stage in (1, 2, 3)},
+    "offload": StrategySettings(kind="deepspeed", zero_stage=2, offload_optimizer=True),
+}
+NUM_STEPS = 2
 
 
-def gradients(
-    backbone: str, pictures: dict[str, str], lanes: Lanes, case: dict[str, Any]
-) -> dict[str, Tensor]:
-    """The loss and all gradients of one step, dropout on."""
+def load(backbone: str, case: dict[str, Any], dropout: float) -> Encoder | Reranker:
+    """The same on every worker, adapters as after some steps."""
     torch.set_num_threads(1)
-    encoder = Encoder.load(backbone)
     torch.manual_seed(2)
-    lora = LoraSettings(rank=2, alpha=4, dropout=0.2)
-    encoder.set_trainable(case["trainable"], lora, learn_temperature=True)
+    lora = LoraSettings(rank=2, alpha=4, dropout=dropout)
+    model: Encoder | Reranker
+    if case.get("model") == "reranker":
+        model = Reranker.load(backbone)
+        model.set_trainable(case["trainable"], lora)
+    else:
+        model = Encoder.load(backbone)
+        model.set_trainable(case["trainable"], lora, learn_temperature=True)
     with torch.no_grad():
-        for name, parameter in encoder.named_parameters():
+        for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    data = case["data"](pictures)
+    return model.train()
+
+
+def trained(
+    backbone: str,
+    pictures: dict[str, str],
+    lanes: Lanes,
+    case: dict[str, Any],
+    how: StrategySettings,
+    *,
+    dropout: float,
+) -> dict[str, Tensor]:
+    """Losses and gradient norms of two steps, gradients of the first where they lie whole, and the state."""
+    model, data = load(backbone, case, dropout), case["data"](pictures)
+    # Clipping bites; AdamW's second moments are away from 0, so that rounding is not blown up into signs.
+    settings = TrainSettings(batch_size=len(data), num_steps=2, learning_rate=1e-3, max_grad_norm=0.05)
+    strategy = make_strategy(model, lanes, settings, how)
     plan = BatchPlan(num_rows=len(data), batch_size=len(data), seed=1)
-    settings = ContrastiveSettings(candidate_to_query=1.0)
-    task = ContrastiveTask(
-        encoder.train(), data, settings, plan=plan, lanes=lanes, max_tokens=case["max_tokens"]
-    )
-    loss = task.backward(task.prepare(0), seed=3)["loss"]
-    trained = {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
-    return {"loss": torch.tensor(loss, dtype=torch.float64), **trained}
+    rest: dict[str, Any] = {"plan": plan, "strategy": strategy, "max_tokens": case["max_tokens"]}
+    if isinstance(model, Encoder):
+        task: Any = ContrastiveTask(model, data, ContrastiveSettings(candidate_to_query=1.0), **rest)
+    else:
+        task = RerankerTask(model, data, RerankerTrainSettings(), seed=3, **rest)
+    found: dict[str, Tensor] = {}
+    for step in range(NUM_STEPS):
+        loss = task.backward(task.prepare(step), seed=3)["loss"]
+        if isinstance(model, Encoder):
+            assert model.temperature.grad is not None
+            found[f"grad{step}/temperature"] = model.temperature.grad.clone()
+        if how.kind == "ddp" and step == 0:
+            found |= {f"grad/{n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        norm = strategy.clip(settings.max_grad_norm)
+        strategy.step(1e-3)
+        found[f"loss{step}"], found[f"norm{step}"] = torch.tensor(loss), torch.tensor(norm)
+    return found | strategy.state()
 
 
-def work(rank: int, backbone: str, pictures: dict[str, str], folder: str) -> None:
-    """One of two workers: all cases, one after the other."""
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    found = [gradients(backbone, pictures, WorkerLanes(), case) for case in CASES]
-    torch.save(found, f"{folder}/{rank}.pt")
+def start(rank: int, world: int, folder: str) -> WorkerLanes:
+    """Join the other workers."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    store = torch.distributed.FileStore(f"{folder}/store", world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    return WorkerLanes()
+
+
+def work(
+    rank: int, world: int, backbone: str, pictures: dict[str, str], folder: str, names: list[str]
+) -> None:
+    """One of the workers: all cases, strategy by strategy."""
+    lanes = start(rank, world, folder)
+    for name in names:
+        how = STRATEGIES.get(name, StrategySettings())
+        dropout = 0.0 if name in STRATEGIES else 0.2
+        found = [trained(backbone, pictures, lanes, case, how, dropout=dropout) for case in CASES]
+        torch.save(found, f"{folder}/{name}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_workers_give_the_gradients_of_one_process_with_both_lanes(backbone, pictures, tmp_path: Path):
-    context = torch.multiprocessing.spawn(work, (backbone, pictures, str(tmp_path)), nprocs=2, join=False)
-    expected = [gradients(backbone, pictures, Lanes(2), case) for case in CASES]
+def run_workers(world: int, backbone: str, pictures: dict[str, str], folder: Path, names: list[str]) -> Any:
+    return torch.multiprocessing.spawn(
+        work, (world, backbone, pictures, str(folder), names), nprocs=world, join=False
+    )
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_workers_give_the_steps_of_one_process_with_all_lanes(backbone, pictures, tmp_path: Path, world):
+    context = run_workers(world, backbone, pictures, tmp_path, ["ddp"])
+    plain = StrategySettings()
+    expected = [trained(backbone, pictures, Lanes(world), case, plain, dropout=0.2) for case in CASES]
     while not context.join(timeout=60):
         pass
-    for rank in (0, 1):
+    for rank in range(world):
         for found, alone in zip(
-            torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected, strict=True
+            torch.load(tmp_path / f"ddp-{rank}.pt", weights_only=True), expected, strict=True
         ):
             assert found.keys() == alone.keys()
             differing = [name for name in alone if not torch.equal(found[name], alone[name])]
             assert not differing, (
                 f"rank {rank}: {len(differing)} of {len(alone)} differ (first: {differing[0]})"
             )
-    assert all(any(g.abs().max() > 1e-4 for n, g in case.items() if n != "loss") for case in expected)
+    assert all(
+        any(g.abs().max() > 1e-4 for n, g in case.items() if n.startswith("grad/")) for case in expected
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "names"), [(2, list(STRATEGIES)), (4, ["fsdp2", "zero2", "zero3"])])
+def test_every_strategy_takes_the_steps_of_one_process(backbone, pictures, tmp_path: Path, world, names):
+    """First moments after two steps are 0.09 and 0.1 times the clipped gradients: equal moments are equal
+    gradients, whatever shard they lie in. The one process has a single lane: the joined batch.
+    """
+    context = run_workers(world, backbone, pictures, tmp_path, names)
+    plain = StrategySettings()
+    expected = [trained(backbone, pictures, Lanes(1), case, plain, dropout=0.0) for case in CASES]
+    while not context.join(timeout=120):
+        pass
+    for name in names:
+        for number, alone in enumerate(expected):
+            found = torch.load(tmp_path / f"{name}-0.pt", weights_only=True)[number]
+            wanted = {key: value for key, value in alone.items() if not key.startswith("grad/")}
+            assert found.keys() == wanted.keys()
+            for key, value in wanted.items():
+                where = f"{name}, case {number}, {key}"
+                if key.endswith("exp_avg"):
+                    largest = max(v.abs().max().item() for k, v in wanted.items() if k.endswith("exp_avg"))
+                    torch.testing.assert_close(
+                        found[key], value, rtol=1e-3, atol=1e-5 * largest, msg=lambda m, w=where: f"{w}: {m}"
+                    )
+                elif key.startswith(("loss", "norm", "grad")):
+                    assert found[key].item() == pytest.approx(value.item(), rel=1e-4), where
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

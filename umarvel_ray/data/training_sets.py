@@ -25,6 +25,16 @@ class PairSet:
         self._pairs = pairs
         self.fingerprint = pairs.fingerprint
 
+    @property
+    def tasks(self) -> np.ndarray:
+        """See `TrainingSet.tasks`: all of one."""
+        return np.zeros(len(self), dtype=np.int64)
+
+    @property
+    def questions(self) -> np.ndarray:
+        """See `TrainingSet.questions`: each its own."""
+        return np.arange(len(self))
+
     def __len__(self) -> int:
         return len(self._pairs)
 
@@ -97,19 +107,41 @@ class MbeirSet:
         return {} if self._lists is None else {qid: row for row, qid in enumerate(self._lists.qids)}
 
     @cached_property
-    def _rows(self) -> np.ndarray:
-        rows = [
-            row
-            for row, record in enumerate(self._queries)
+    def _columns(self) -> np.ndarray:
+        """Of each row (line in the file, task, question), int64 (3, rows)."""
+        tasks: dict[str, int] = {}
+        questions: dict[str, int] = {}
+        found = [
+            (
+                line,
+                tasks.setdefault(task.name, len(tasks)),
+                questions.setdefault(record.query.qid, len(questions)),
+            )
+            for line, record in enumerate(self._queries)
             if not (self._only_listed and record.query.qid not in self._list_row)
             and (self._tasks is None or task_of(record).name in self._tasks)
+            for task in [task_of(record)]
         ]
-        if not rows:
+        if not found:
             raise DataError(
                 f"{self._queries.path}: none of {len(self._queries)} training queries has a list "
                 "or a wanted task. Mine for the same training file."
             )
-        return np.array(rows, dtype=np.int64)
+        return np.array(found, dtype=np.int64).T
+
+    @property
+    def _rows(self) -> np.ndarray:
+        return self._columns[0]
+
+    @property
+    def tasks(self) -> np.ndarray:
+        """See `TrainingSet.tasks`."""
+        return self._columns[1]
+
+    @property
+    def questions(self) -> np.ndarray:
+        """See `TrainingSet.questions`: a qid may stand in many lines."""
+        return self._columns[2]
 
     def item(self, row: int, *, visit: int) -> TrainingItem:
         """See `TrainingSet.item`."""

@@ -113,6 +113,10 @@ class InputBuilder:
         self._cache: dict[Query | Candidate, Item] = {}
         self._cache_room = cache_bytes
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels to another process without what it keeps."""
+        return InputBuilder, (self._tokenizer, self.adapter, self.settings)
+
     def build(self, record: Query | Candidate) -> Item:
         """Tokens, patches and pooling mask of one record.
 

@@ -174,6 +174,10 @@ class TreeBuilder:
         # A query's picture stands in every one of its pairs, and neighbours share candidates.
         self._visuals: ByteCache[Visual] = ByteCache(cache_bytes, lambda visual: visual.num_bytes)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels to another process without what it keeps."""
+        return TreeBuilder, (self._tokenizer, self.adapter, self.settings)
+
     def build(
         self, query: Query, candidates: Sequence[Candidate], answers: Sequence[bool] | None = None
     ) -> Tree:

@@ -14,6 +14,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from umarvel_ray import logs
 from umarvel_ray.config import Config
 from umarvel_ray.errors import ResourceError
+from umarvel_ray.train.settings import StrategySettings
 
 _MIN_LOGICAL_CPUS = 8
 """On fewer, an actor pool and its reader wait for each other's CPU for ever; logical CPUs cost nothing."""
@@ -48,6 +49,8 @@ class RuntimeSettings(Config):
     """`local` runs the same functions in this process, one after the other: breakpoints work, no cluster."""
     num_workers: PositiveInt = 1
     """Training workers; the lanes into which a step is cut. `local` plays them all."""
+    strategy: StrategySettings = StrategySettings()
+    """How a training lies on its workers."""
     num_actors: PositiveInt = 1
     """Actors that embed, search and rerank."""
     max_actors: PositiveInt | None = None

@@ -28,7 +28,7 @@ def run_stage(config: StageConfig, runtime: RuntimeSettings, on_step: OnStep = l
         from umarvel_ray.train.stage import train_stage
 
         prepare_worker(runtime)
-        train_stage(config, Lanes(runtime.num_workers), on_step)
+        train_stage(config, Lanes(runtime.num_workers), on_step, how=runtime.strategy)
         return
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -85,7 +85,7 @@ def _worker(settings: dict[str, Any]) -> None:
     runtime = build_config(settings["runtime"], RuntimeSettings)
     prepare_worker(runtime)
     lanes = WorkerLanes()
-    train_stage(build_config(settings["config"], StageConfig), lanes)
+    train_stage(build_config(settings["config"], StageConfig), lanes, how=runtime.strategy)
     torch.distributed.barrier()
 
 

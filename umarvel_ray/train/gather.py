@@ -46,11 +46,19 @@ class Lanes:
         return gathered_ND
 
     def sum(self, by_lane: Sequence[Tensor]) -> Tensor:
-        """Sum over all lanes of one tensor each; `by_lane` holds those of `mine`, in order."""
+        """Sum over all lanes of one tensor each, in lane order; `by_lane` holds those of `mine`, in order."""
         total = by_lane[0].clone()
         for tensor in by_lane[1:]:
             total += tensor
         return total
+
+    def most(self, number: int) -> int:
+        """The largest of what all processes give."""
+        return number
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so; then all of them hear it."""
+        return bool(self.most(int(flag)))
 
 
 class WorkerLanes(Lanes):
@@ -74,7 +82,27 @@ class WorkerLanes(Lanes):
         return gathered_ND
 
     def sum(self, by_lane: Sequence[Tensor]) -> Tensor:
-        """See `Lanes.sum`."""
-        total = super().sum(by_lane)
-        torch.distributed.all_reduce(total)
-        return total
+        """See `Lanes.sum`.
+
+        An all-reduce adds in an order of its own. Here each worker receives one piece of every lane's tensor,
+        adds the pieces in lane order, and the sums are gathered: the bytes of an all-reduce, and one result
+        whatever the number of workers and the network between them.
+        """
+        own = super().sum(by_lane)
+        if self.count == 1:
+            return own
+        piece = -(-own.numel() // self.count)
+        pieces = own.new_zeros(self.count * piece)
+        pieces[: own.numel()] = own.flatten()
+        received = torch.empty_like(pieces)
+        torch.distributed.all_to_all_single(received, pieces)
+        mine = super().sum(received.view(self.count, piece).unbind())
+        torch.distributed.all_gather(list(pieces.view(self.count, piece).unbind()), mine)
+        return pieces[: own.numel()].view_as(own)
+
+    def most(self, number: int) -> int:
+        """See `Lanes.most`."""
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        most = torch.tensor(number, device=device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return int(most)

@@ -1,6 +1,7 @@
-"""The losses: pure functions on tensors, computed in float32 whatever comes in, one value per query.
+"""Losses over a query's own list, and over answers: pure functions on tensors, computed in float32 whatever
+comes in, one value per query. The loss over the global batch is `slab`'s.
 
-Q queries here, C candidates of all lanes, D width, K candidates in a query's list, T tokens, V vocabulary.
+Q queries here, D width, K candidates in a query's list, G = 1 + K, T tokens, V vocabulary.
 """
 
 import torch
@@ -8,25 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def info_nce(
-    query_QD: Tensor, candidate_CD: Tensor, *, positive_Q: Tensor, temperature: Tensor, ignore_QC: Tensor
+def list_cross_entropy(
+    query_QD: Tensor, list_QGD: Tensor, *, counts_QG: Tensor, temperature: Tensor
 ) -> Tensor:
-    """Cross-entropy of each query's positive against all candidates of the global batch.
+    """Cross-entropy of each query's positive against its own list alone.
 
     Args:
         query_QD: Unit-norm embeddings of this lane's queries.
-        candidate_CD: Unit-norm embeddings of all lanes' candidates.
-        positive_Q: int64, the column of each query's positive.
+        list_QGD: Unit-norm embeddings of each query's positive, which stands first, and its list.
+        counts_QG: bool, false beyond the end of a shorter list and for what is no negative.
         temperature: Scalar τ > 0.
-        ignore_QC: bool, true for columns that are no negatives of the query; never for its positive.
 
     Returns:
         (Q,) float32, in nats.
-
-    Source: van den Oord et al. 2018, eq. 4, arXiv:1807.03748.
     """
-    logits_QC = query_QD.float() @ candidate_CD.float().T / temperature.float()
-    return F.cross_entropy(logits_QC.masked_fill(ignore_QC, float("-inf")), positive_Q, reduction="none")
+    logits_QG = torch.einsum("qd,qgd->qg", query_QD.float(), list_QGD.float()) / temperature.float()
+    logits_QG = logits_QG.masked_fill(~counts_QG, float("-inf"))
+    return logits_QG.logsumexp(1) - logits_QG[:, 0]
 
 
 def list_distillation(

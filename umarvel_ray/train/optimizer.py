@@ -9,11 +9,12 @@ from umarvel_ray.errors import TrainingError
 
 
 def make_optimizer(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW with ε 1e-8; scalars and vectors, the temperature among them, are not decayed."""
+    """AdamW with ε 1e-8; scalars and vectors are not decayed, and τ, a scalar, has a group of its own."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim == 0], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, eps=1e-8)
 
@@ -51,6 +52,6 @@ def require_finite(*, step: int, samples: list[str], **values: float) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
             raise TrainingError(
-                f"step {step}: {name} is {value} for a batch of {len(samples)} queries "
+                f"step {step}: {name} is {value} for a batch of {len(samples)} records "
                 f"(first: {samples[0]}). Lower the learning rate, or look at these records."
             )

@@ -1,18 +1,28 @@
 """What one step of the reranker does: judged pairs, next-token loss on the answer. T tokens, V vocabulary."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
-from umarvel_ray.data.batches import BatchPlan, TrainingItem, TrainingSet, deal, token_cost
-from umarvel_ray.model.inputs import micro_batches
+from umarvel_ray.data.batches import (
+    BatchPlan,
+    TrainingItem,
+    TrainingSet,
+    deal,
+    filler_record,
+    token_cost,
+)
+from umarvel_ray.data.records import Candidate
 from umarvel_ray.model.reranker import Reranker
 from umarvel_ray.model.trees import Tree
-from umarvel_ray.train.gather import Lanes
-from umarvel_ray.train.grad_cache import sum_gradients
+from umarvel_ray.train.grad_cache import lacks, lane_chunks
+from umarvel_ray.train.loaders import Loaders
 from umarvel_ray.train.losses import answer_loss
 from umarvel_ray.train.settings import RerankerTrainSettings
+from umarvel_ray.train.strategy import Replicated, Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +33,7 @@ class PreparedPairs:
     trees_by_lane: dict[int, list[Tree]]
     answers_by_lane: dict[int, list[list[bool]]]
     num_pairs: int
+    filler: Tree | None
 
 
 class RerankerTask:
@@ -35,21 +46,28 @@ class RerankerTask:
         settings: RerankerTrainSettings,
         *,
         plan: BatchPlan,
-        lanes: Lanes,
+        strategy: Replicated,
         max_tokens: int,
         seed: int,
+        num_loaders: int = 0,
     ) -> None:
         self.model = reranker
         self._data = data
         self._settings = settings
         self._plan = plan
-        self._lanes = lanes
+        self._strategy = strategy
+        self._lanes = strategy.lanes
         self._max_tokens = max_tokens
         self._seed = seed
+        self._loaders = Loaders(reranker.builder, num_loaders)
+        if strategy.lockstep:
+            reranker.keep_pictures(0)  # a worker that knows a picture would pass over the vision tower
 
     def prepare(self, step: int) -> PreparedPairs:
         """The pairs of a step: a pure function of it."""
-        rows, epoch = self._plan.rows(step)
+        return self._prepare(*self._plan.rows(step))
+
+    def _prepare(self, rows: np.ndarray, epoch: int) -> PreparedPairs:
         items = [
             self._draw(self._data.item(int(row), visit=epoch), row=int(row), visit=epoch) for row in rows
         ]
@@ -59,16 +77,26 @@ class RerankerTask:
         for lane in self._lanes.mine:
             mine = [items[index] for index in dealt[lane]]
             answers[lane] = [[True] + [False] * len(item.others) for item in mine]
-            trees[lane] = [
-                self.model.builder.build(item.query, [item.positive, *item.others], verdicts)
-                for item, verdicts in zip(mine, answers[lane], strict=True)
-            ]
+            trees[lane] = self._loaders.build(
+                [
+                    (item.query, [item.positive, *item.others], verdicts)
+                    for item, verdicts in zip(mine, answers[lane], strict=True)
+                ]
+            )
         return PreparedPairs(
             qids=[item.query.qid for item in items],
             trees_by_lane=trees,
             answers_by_lane=answers,
             num_pairs=sum(1 + len(item.others) for item in items),
+            filler=self._filler(items) if self._strategy.lockstep else None,
         )
+
+    def _filler(self, items: list[TrainingItem]) -> Tree:
+        """One pair with a picture, if there is any: what a lane runs that lacks one, or has nothing to do."""
+        record = filler_record([r for item in items for r in (item.query, item.positive, *item.others)])
+        item = next(i for i in items if record in (i.query, i.positive, *i.others))
+        shown = record if isinstance(record, Candidate) else item.positive
+        return self.model.builder.build(item.query, [shown], [True])
 
     def _draw(self, item: TrainingItem, *, row: int, visit: int) -> TrainingItem:
         rng = np.random.default_rng([self._seed, row, visit])
@@ -87,23 +115,47 @@ class RerankerTask:
         return prepared.qids
 
     def backward(self, prepared: PreparedPairs, *, seed: int) -> dict[str, float]:
-        """Leave the gradient of the mean over all pairs in `.grad`; return figures for the log."""
-        figures = {lane: torch.zeros(2) for lane in self._lanes.mine}
+        """Leave the gradient of the mean over all pairs; return figures for the log."""
+        return self._pass(prepared, seed=seed, perform=self._strategy.backward)
 
-        def backward(lane: int) -> None:
-            trees, answers = prepared.trees_by_lane[lane], prepared.answers_by_lane[lane]
-            for number, chunk in enumerate(
-                micro_batches([tree.num_tokens for tree in trees], self._max_tokens)
-            ):
-                torch.manual_seed(hash((seed, lane, number)) % 2**63)
-                loss, right = self._chunk([trees[i] for i in chunk], [answers[i] for i in chunk])
-                (loss / prepared.num_pairs).backward()
-                figures[lane] += torch.tensor([loss.item(), right])
+    def validate(self) -> dict[str, float]:
+        """Loss over held-out pairs, and as score the share that is judged right."""
 
-        sum_gradients(self.model, backward, lanes=self._lanes)
-        loss, right = (
-            self._lanes.sum([figures[lane] for lane in self._lanes.mine]) / prepared.num_pairs
-        ).tolist()
+        def perform(runs: Mapping[int, Sequence[Run]]) -> None:
+            with torch.no_grad():
+                for run in (run for of_lane in runs.values() for run in of_lane):
+                    run()
+
+        self.model.eval()
+        figures = self._pass(self._prepare(self._plan.held_out, 0), seed=0, perform=perform)
+        self.model.train()
+        return {"loss": figures["loss"], "score": figures["accuracy"]}
+
+    def _pass(
+        self,
+        prepared: PreparedPairs,
+        *,
+        seed: int,
+        perform: Callable[[Mapping[int, Sequence[Run]]], None],
+    ) -> dict[str, float]:
+        lanes, filler = self._lanes, prepared.filler
+        figures = {lane: torch.zeros(2, device=self._strategy.device) for lane in lanes.mine}
+        filled = filler is not None
+        chunks = lane_chunks(prepared.trees_by_lane, self._max_tokens, lanes=lanes, filled=filled)
+
+        def run(lane: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+            torch.manual_seed(hash((seed, lane, number)) % 2**63)
+            trees = [prepared.trees_by_lane[lane][i] for i in chunks[lane][number]]
+            answers = [prepared.answers_by_lane[lane][i] for i in chunks[lane][number]]
+            weights = [1.0] * len(trees)
+            if filler is not None and lacks(trees, filler):
+                trees, answers, weights = [*trees, filler], [*answers, [True]], [*weights, 0.0]
+            loss, num_right = self._strategy.run(self._chunk, trees, answers, weights)
+            figures[lane] += torch.stack([loss.detach(), num_right])
+            return loss / prepared.num_pairs, torch.ones_like(loss)
+
+        perform({lane: [partial(run, lane, n) for n in range(len(own))] for lane, own in chunks.items()})
+        loss, right = (lanes.sum([figures[lane] for lane in lanes.mine]) / prepared.num_pairs).tolist()
         return {
             "loss": loss,
             "accuracy": right,
@@ -111,23 +163,26 @@ class RerankerTask:
             "num_pairs": prepared.num_pairs,
         }
 
-    def _chunk(self, trees: list[Tree], answers: list[list[bool]]) -> tuple[torch.Tensor, float]:
-        """Summed loss over the pairs of some trees, and how many it gets right.
+    def _chunk(
+        self, trees: list[Tree], answers: list[list[bool]], weights: list[float]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss over the pairs of some trees, each times its tree's weight, and how many it gets right.
 
         A pair's loss is the mean over its answer's tokens.
         """
         hidden_TD = self.model.hidden(trees)
-        asking, target, weight, decisive, verdicts = [], [], [], [], []
+        asking, target, weight, decisive, verdicts, counts = [], [], [], [], [], []
         start = 0
-        for tree, tree_answers in zip(trees, answers, strict=True):
+        for tree, tree_answers, of_tree in zip(trees, answers, weights, strict=True):
             ends = [*tree.leaf.searchsorted(np.arange(2, len(tree_answers) + 1)), tree.num_tokens]
             for first, end, answer in zip(tree.decisive, ends, tree_answers, strict=True):
-                decisive.append(start + int(first))
+                decisive.append(len(asking))
                 verdicts.append(answer)
+                counts.append(of_tree)
                 span = range(int(first), int(end) - 1)
                 asking += [start + place for place in span]
                 target += [int(tree.ids[place + 1]) for place in span]
-                scale = self._settings.positive_weight if answer else 1.0
+                scale = of_tree * (self._settings.positive_weight if answer else 1.0)
                 weight += [scale / len(span)] * len(span)
             start += tree.num_tokens
         device = hidden_TD.device
@@ -135,14 +190,15 @@ class RerankerTask:
         logits_TV = head(hidden_TD[torch.tensor(asking, device=device)])
         loss_T = answer_loss(logits_TV, torch.tensor(target, device=device))
         ids = self.model.builder.answer_ids
-        with torch.no_grad():
-            yes_no = (
-                hidden_TD[torch.tensor(decisive, device=device)].float()
-                @ self.model.head_rows([ids[True], ids[False]]).float().T
-            )
-            says_yes = yes_no[:, 0] > yes_no[:, 1]
-        right = float((says_yes == torch.tensor(verdicts, device=device)).sum())
+        decisive_PV = logits_TV.detach()[torch.tensor(decisive, device=device)]
+        says_yes = decisive_PV[:, ids[True]] > decisive_PV[:, ids[False]]
+        is_right = says_yes == torch.tensor(verdicts, device=device)
+        right = (is_right * torch.tensor(counts, device=device)).sum()
         return (loss_T * torch.tensor(weight, device=device)).sum(), right
 
     def after_step(self) -> None:
         """Nothing to bring back."""
+
+    def close(self) -> None:
+        """End what prepared the batches."""
+        self._loaders.close()

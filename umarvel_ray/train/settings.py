@@ -11,6 +11,18 @@ CHECKPOINT = "checkpoint"
 """Name of the finished checkpoint in a stage's folder."""
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+
+
+class ValidationSettings(Config):
+    """Queries that are held out of training to watch it; all rows of a question are held out together."""
+
+    queries: PositiveInt
+    """Held out, drawn by the seed. They are ranked against each other's candidates."""
+    every: PositiveInt = 100
+    """Steps between two looks; there is one at the end."""
+
+
 class TrainSettings(Config):
     """How long and how fast to train, and what."""
 
@@ -22,6 +34,11 @@ class TrainSettings(Config):
     num_steps: PositiveInt | None = None
     num_epochs: PositiveFloat | None = None
     learning_rate: PositiveFloat
+    rate_of_batch_size: PositiveInt | None = None
+    """The batch size that `learning_rate` was found for, if that is another one: the rate is then scaled by
+    the square root of the batch's growth (Table 4), and the log says so."""
+    batches: Literal["mixed", "one_task"] = "mixed"
+    """`one_task`: all queries of a global batch are of the same task, so its negatives are harder."""
     warmup_ratio: NonNegativeFloat = 0.03
     weight_decay: NonNegativeFloat = 0.0
     betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.999)
@@ -29,6 +46,12 @@ class TrainSettings(Config):
     max_grad_norm: PositiveFloat = 1.0
     max_tokens: PositiveInt = 8192
     """Token budget of a chunk: the largest that fits in memory is the fastest."""
+    recompute_activations: bool = False
+    """Hold no layer's activations, and compute each layer once more on the way back. Chunks bound memory
+    already; this is for a single record that does not fit."""
+    validation: ValidationSettings | None = None
+    trackers: tuple[TrackerName, ...] = ()
+    """Besides `metrics.jsonl`, which is always written."""
     save_every: PositiveInt = 100
     """Steps between training states on disk."""
     keep_last: PositiveInt = 2
@@ -41,9 +64,38 @@ class TrainSettings(Config):
             raise ValueError("give either num_steps or num_epochs, not both and not neither")
         return self
 
+    @property
+    def rate(self) -> float:
+        """The learning rate at its peak, scaled where `rate_of_batch_size` asks for it."""
+        if self.rate_of_batch_size is None:
+            return self.learning_rate
+        return self.learning_rate * (self.batch_size / self.rate_of_batch_size) ** 0.5
+
     def steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps in all."""
         return self.num_steps or max(1, round((self.num_epochs or 0) * steps_per_epoch))
+
+
+class StrategySettings(Config):
+    """How a training lies on its workers: it decides rounding alone, and may change between starts."""
+
+    kind: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
+    """`ddp`: every worker holds the whole model; the fastest where it fits. `fsdp2`: each holds a slice of
+    every layer. `deepspeed`: as `zero_stage` says."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """Of `deepspeed`: 1 shards the optimizer's state, 2 the gradients too, 3 the parameters too."""
+    offload_optimizer: bool = False
+    """Of `deepspeed`: keep the optimizer's state in main memory."""
+    loaders: NonNegativeInt = 0
+    """Processes of each worker that decode pictures and tokenize ahead of it; 0: a thread of its own does."""
+
+    @model_validator(mode="after")
+    def _offload_is_deepspeeds(self) -> Self:
+        if self.offload_optimizer and self.kind != "deepspeed":
+            raise ValueError(
+                f"offload_optimizer is deepspeed's, but kind is {self.kind!r}: set one of the two"
+            )
+        return self
 
 
 class ContrastiveSettings(Config):

@@ -14,11 +14,15 @@ from umarvel_ray.data.training_sets import MbeirSet, PairSet
 from umarvel_ray.data.trec import Run
 from umarvel_ray.model.encoder import Encoder
 from umarvel_ray.model.reranker import Reranker
+from umarvel_ray.model.settings import DtypeName
+from umarvel_ray.train.checkpoint import latest_state, restore
 from umarvel_ray.train.contrastive import ContrastiveTask
 from umarvel_ray.train.gather import Lanes
-from umarvel_ray.train.loop import Task, train
+from umarvel_ray.train.loop import Task, Watchers, train
 from umarvel_ray.train.pairs import RerankerTask
-from umarvel_ray.train.settings import CHECKPOINT, CaptionData, NliData, StageConfig
+from umarvel_ray.train.settings import CHECKPOINT, CaptionData, NliData, StageConfig, StrategySettings
+from umarvel_ray.train.strategy import PLAIN, make_strategy
+from umarvel_ray.train.trackers import open_trackers
 
 
 def open_training_set(config: StageConfig) -> TrainingSet:
@@ -46,53 +50,101 @@ def open_training_set(config: StageConfig) -> TrainingSet:
 
 def batch_plan(config: StageConfig, data: TrainingSet) -> BatchPlan:
     """Which queries stand in which step."""
-    return BatchPlan(num_rows=len(data), batch_size=config.train.batch_size, seed=config.seed)
+    train = config.train
+    return BatchPlan(
+        num_rows=len(data),
+        batch_size=train.batch_size,
+        seed=config.seed,
+        tasks=data.tasks if train.batches == "one_task" else None,
+        questions=data.questions if train.validation else None,
+        num_held_out=train.validation.queries if train.validation else 0,
+    )
 
 
 def train_stage(
-    config: StageConfig, lanes: Lanes, on_step: Callable[[dict[str, Any]], None] = lambda entry: None
+    config: StageConfig,
+    lanes: Lanes,
+    on_step: Callable[[dict[str, Any]], None] = lambda entry: None,
+    *,
+    how: StrategySettings = PLAIN,
+    must_save: Callable[[], bool] | None = None,
 ) -> None:
-    """Train to the end, from the newest state in `output`, and write `output/checkpoint`, adapters merged."""
-    output = Path(config.output)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Train to the end, from the newest state in `output`, and write `output/checkpoint`, adapters merged.
+
+    Args:
+        config: What to train.
+        lanes: Who computes what.
+        on_step: Called with each line of the metrics.
+        how: How parameters lie on the workers.
+        must_save: Says that this worker will be taken away soon.
+    """
+    output, settings = Path(config.output), config.train
     data = open_training_set(config)
     plan = batch_plan(config, data)
-    # Adapters start from random numbers: the same ones on every worker and after every restart.
-    torch.manual_seed(config.seed)
-    model: Encoder | Reranker
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = config.dtype == "bfloat16"
+    model = _load_trainable(config, device)
+    state = latest_state(output / "states")
+    if state is not None:
+        restore(model, state, where=output / "states")
+    strategy = make_strategy(model, lanes, settings, how, half=half)
     task: Task
-    if config.model == "encoder":
-        model = Encoder.load(config.start, settings=config.encoder, device=device, dtype=config.dtype)
-        if config.temperature is not None:
-            model.temperature.data.fill_(config.temperature)
-        model.cache_inputs(config.train.cache_inputs_bytes)
-        model.set_trainable(
-            config.train.trainable, config.train.lora, learn_temperature=config.train.learn_temperature
-        )
-        task = ContrastiveTask(
-            model, data, config.loss, plan=plan, lanes=lanes, max_tokens=config.train.max_tokens
-        )
+    rest: dict[str, Any] = {
+        "plan": plan,
+        "strategy": strategy,
+        "max_tokens": settings.max_tokens,
+        "num_loaders": how.loaders,
+    }
+    if isinstance(model, Encoder):
+        task = ContrastiveTask(model, data, config.loss, **rest)
     else:
-        model = Reranker.load(config.start, settings=config.reranker, device=device, dtype=config.dtype)
-        model.set_trainable(config.train.trainable, config.train.lora)
-        task = RerankerTask(
-            model,
-            data,
-            config.pairs,
-            plan=plan,
-            lanes=lanes,
-            max_tokens=config.train.max_tokens,
-            seed=config.seed,
-        )
-    train(
-        task,
-        config.train,
-        lanes=lanes,
-        num_steps=config.train.steps(plan.steps_per_epoch),
-        seed=config.seed,
-        output=output,
-        on_step=on_step,
+        task = RerankerTask(model, data, config.pairs, seed=config.seed, **rest)
+    trackers = open_trackers(
+        settings.trackers if lanes.leads else (),
+        output,
+        name="/".join(output.parts[-3:]),
+        settings=config.model_dump(mode="json"),
     )
+    facts = {"seed": config.seed, "data": data.fingerprint, "settings": config.model_dump(mode="json")}
+    try:
+        train(
+            task,
+            strategy,
+            settings,
+            num_steps=settings.steps(plan.steps_per_epoch),
+            seed=config.seed,
+            output=output,
+            state=state,
+            watchers=Watchers(on_step=on_step, trackers=trackers, must_save=must_save, facts=facts),
+        )
+    finally:
+        task.close()
     if lanes.leads:
+        if strategy.lockstep:  # no worker has the whole model: it is made anew from what was trained
+            model = _load_trainable(config, "cpu")
+            finished = latest_state(output / "states")
+            assert finished is not None
+            restore(model, finished, where=output / "states")
         with atomic_folder(output / CHECKPOINT) as folder:
             model.save(folder)
+
+
+def _load_trainable(config: StageConfig, device: str) -> Encoder | Reranker:
+    """The model to start from, what is to be trained set free: the same on all workers, at each start."""
+    settings = config.train
+    # What is trained keeps float32 weights; frozen weights are of the dtype that the model computes in.
+    dtype: DtypeName = "float32" if settings.trainable == "full" else config.dtype
+    torch.manual_seed(config.seed)  # of which adapters start
+    model: Encoder | Reranker
+    if config.model == "encoder":
+        model = Encoder.load(config.start, settings=config.encoder, device=device, dtype=dtype)
+        if config.temperature is not None:
+            model.temperature.data.fill_(config.temperature)
+        model.cache_inputs(settings.cache_inputs_bytes)
+        model.set_trainable(settings.trainable, settings.lora, learn_temperature=settings.learn_temperature)
+    else:
+        model = Reranker.load(config.start, settings=config.reranker, device=device, dtype=dtype)
+        model.set_trainable(settings.trainable, settings.lora)
+    if settings.recompute_activations:
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
