@@ -176,9 +176,7 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_weights_take_it(
         go(task, SETTINGS, tmp_path)
     assert [entry["step"] for entry in metrics(str(tmp_path))] == [1]
     stored = load_file(tmp_path / "states/step-000001/state.safetensors")
-    assert (
-        torch.equal(stored["model.weight"], task.model.weight.detach()) and task.model.weight.isfinite().all()
-    )
+    assert torch.equal(stored["model.weight"], task.weight.detach()) and task.weight.isfinite().all()
 
 
 def test_each_step_is_prepared_once_in_order(tmp_path):

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from umarvel_ray.train.gather import Lanes
 
-_TILE_ROWS, _TILE_COLUMNS = 1024, 2048
-"""8 MB of float32 logits at a time: they stay in a CPU's last cache, and fill a GPU."""
+_TILES = {"cpu": (256, 1024), "cuda": (2048, 8192)}
+"""Own ones and others of a tile of logits: 1 MB stays in a core's cache, 64 MB fill a GPU."""
 _NO_LOGIT = -1e30
 """Of a pair that does not count; finite, so that a tile without any other makes no NaN."""
 
@@ -71,76 +71,96 @@ def info_nce(
     """
     row_RD, column_CD = row_RD.float(), column_CD.float()
     scale = 1 / temperature.float()
-    device, num_rows = row_RD.device, len(row_RD)
-    lse, row_gradients, losses, temperature_gradients = {}, {}, [], []
+    tile = _TILES.get(row_RD.device.type, _TILES["cuda"])
+    lse, row_gradients, sums = {}, {}, []
     for lane in lanes.mine:
-        own_ID = row_RD[_index(rows[lane], device)]
-        target_ID = column_CD[_index(target_R[rows[lane]], device)]
-        lse_I, expected_ID = _pass_rows(own_ID, column_CD, scale, _Ignored.of(ignore, rows[lane]))
-        distance_ID = expected_ID - target_ID
-        losses.append((lse_I - (own_ID * target_ID).sum(1) * scale).sum() / num_rows)
-        temperature_gradients.append(-(own_ID * distance_ID).sum() * scale**2 / num_rows)
-        row_gradients[lane] = distance_ID * (scale / num_rows)
-        lse[lane] = lse_I[:, None]
+        ignored = _Ignored.of(ignore, rows[lane], tile)
+        lse[lane], row_gradients[lane], both = _pass_rows(
+            row_RD, column_CD, rows[lane], target_R, scale, ignored, tile
+        )
+        sums.append(both)
     lse_R = lanes.gather(lse, rows)[:, 0]
     column_gradients = {}
     for lane in lanes.mine:
-        own = columns[lane]
-        gradient_JD = _pass_columns(
-            row_RD,
-            column_CD[_index(own, device)],
-            lse_R,
-            scale,
-            _Ignored.of((ignore[1], ignore[0]), own),
+        ignored = _Ignored.of((ignore[1], ignore[0]), columns[lane], tile)
+        column_gradients[lane] = _pass_columns(
+            row_RD, column_CD, columns[lane], target_R, lse_R, scale, ignored, tile
         )
-        asked = np.flatnonzero(np.isin(target_R, own))
-        place = np.searchsorted(own, target_R[asked])
-        gradient_JD.index_add_(0, _index(place, device), row_RD[_index(asked, device)], alpha=-1)
-        column_gradients[lane] = gradient_JD * (scale / num_rows)
-    both = lanes.sum([torch.stack(pair) for pair in zip(losses, temperature_gradients, strict=True)])
-    return SlabGradient(loss=both[0], temperature=both[1], rows=row_gradients, columns=column_gradients)
+    loss, of_temperature = lanes.sum(sums) / len(row_RD)
+    return SlabGradient(loss=loss, temperature=of_temperature, rows=row_gradients, columns=column_gradients)
 
 
 def _pass_rows(
-    own_ID: Tensor, column_CD: Tensor, scale: Tensor, ignored: "_Ignored"
-) -> tuple[Tensor, Tensor]:
-    """Of each own row the log-sum-exp (I,), and the columns' mean under its softmax (I, D)."""
-    lse_I = own_ID.new_empty(len(own_ID))
-    expected_ID = torch.empty_like(own_ID)
-    for top in range(0, len(own_ID), _TILE_ROWS):
-        tile_ID = own_ID[top : top + _TILE_ROWS] * scale
-        highest_I = tile_ID.new_full((len(tile_ID),), _NO_LOGIT)
+    row_RD: Tensor,
+    column_CD: Tensor,
+    own: np.ndarray,
+    target_R: np.ndarray,
+    scale: Tensor,
+    ignored: "_Ignored",
+    tile: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of own rows the log-sum-exp (I, 1) and the gradient (I, D), and the sums of losses and of dlosses/dτ.
+
+    A row is drawn from its target towards the mean of the columns under its softmax.
+    """
+    device, num_rows = row_RD.device, len(row_RD)
+    lse_I1 = row_RD.new_empty(len(own), 1)
+    gradient_ID = row_RD.new_empty(len(own), row_RD.shape[1])
+    sums = row_RD.new_zeros(2)
+    for top in range(0, len(own), tile[0]):
+        part = own[top : top + tile[0]]
+        own_ID = row_RD[_index(part, device)]
+        scaled_ID = own_ID * scale
+        sum_ID = gradient_ID[top : top + tile[0]].zero_()
+        highest_I = own_ID.new_full((len(part),), _NO_LOGIT)
         mass_I = torch.zeros_like(highest_I)
-        sum_ID = torch.zeros_like(tile_ID)
-        for left in range(0, len(column_CD), _TILE_COLUMNS):
-            columns_CD = column_CD[left : left + _TILE_COLUMNS]
-            logit_IC = tile_ID @ columns_CD.T
+        for left in range(0, len(column_CD), tile[1]):
+            tile_CD = column_CD[left : left + tile[1]]
+            logit_IC = scaled_ID @ tile_CD.T
             ignored.fill(logit_IC, top, left, _NO_LOGIT)
             new_I = torch.maximum(highest_I, logit_IC.amax(1))
             shrink_I = (highest_I - new_I).exp_()
             share_IC = logit_IC.sub_(new_I[:, None]).exp_()
             mass_I.mul_(shrink_I).add_(share_IC.sum(1))
-            sum_ID.mul_(shrink_I[:, None]).addmm_(share_IC, columns_CD)
+            sum_ID.mul_(shrink_I[:, None]).addmm_(share_IC, tile_CD)
             highest_I = new_I
-        lse_I[top : top + _TILE_ROWS] = highest_I + mass_I.log()
-        expected_ID[top : top + _TILE_ROWS] = sum_ID / mass_I[:, None]
-    return lse_I, expected_ID
+        lse_I = highest_I + mass_I.log_()
+        lse_I1[top : top + tile[0], 0] = lse_I
+        target_ID = column_CD[_index(target_R[part], device)]
+        sum_ID.mul_((highest_I - lse_I).exp_()[:, None]).sub_(target_ID)
+        sums[0] += (lse_I - (scaled_ID * target_ID).sum(1)).sum()
+        sums[1] -= (scaled_ID.mul_(sum_ID)).sum() * scale
+    return lse_I1, gradient_ID.mul_(scale / num_rows), sums
 
 
 def _pass_columns(
-    row_RD: Tensor, own_JD: Tensor, lse_R: Tensor, scale: Tensor, ignored: "_Ignored"
+    row_RD: Tensor,
+    column_CD: Tensor,
+    own: np.ndarray,
+    target_R: np.ndarray,
+    lse_R: Tensor,
+    scale: Tensor,
+    ignored: "_Ignored",
+    tile: tuple[int, int],
 ) -> Tensor:
-    """Of each own column the sum of the rows, each by its probability of choosing it: (J, D)."""
-    sum_JD = torch.zeros_like(own_JD)
-    for left in range(0, len(own_JD), _TILE_ROWS):
-        tile_JD = own_JD[left : left + _TILE_ROWS] * scale
-        into_JD = sum_JD[left : left + _TILE_ROWS]
-        for top in range(0, len(row_RD), _TILE_COLUMNS):
-            rows_RD = row_RD[top : top + _TILE_COLUMNS]
-            logit_JR = tile_JD @ rows_RD.T
+    """The gradient of own columns (J, D): the rows that aim at one, less the rows that choose it."""
+    device, num_rows = row_RD.device, len(row_RD)
+    gradient_JD = row_RD.new_zeros(len(own), row_RD.shape[1])
+    for left in range(0, len(own), tile[0]):
+        scaled_JD = column_CD[_index(own[left : left + tile[0]], device)] * scale
+        sum_JD = gradient_JD[left : left + tile[0]]
+        for top in range(0, num_rows, tile[1]):
+            tile_RD = row_RD[top : top + tile[1]]
+            logit_JR = scaled_JD @ tile_RD.T
             ignored.fill(logit_JR, left, top, _NO_LOGIT)
-            into_JD.addmm_(logit_JR.sub_(lse_R[top : top + _TILE_COLUMNS]).exp_(), rows_RD)
-    return sum_JD
+            sum_JD.addmm_(logit_JR.sub_(lse_R[top : top + tile[1]]).exp_(), tile_RD)
+    asking = np.flatnonzero(np.isin(target_R, own))
+    place = np.searchsorted(own, target_R[asking])
+    for start in range(0, len(asking), tile[0]):
+        span = slice(start, start + tile[0])
+        asking_RD = row_RD[_index(asking[span], device)]
+        gradient_JD.index_add_(0, _index(place[span], device), asking_RD, alpha=-1)
+    return gradient_JD.mul_(scale / num_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,20 +172,20 @@ class _Ignored:
     spans: Mapping[tuple[int, int], slice]
 
     @staticmethod
-    def of(pairs: tuple[np.ndarray, np.ndarray], mine: np.ndarray) -> "_Ignored":
+    def of(pairs: tuple[np.ndarray, np.ndarray], mine: np.ndarray, tile: tuple[int, int]) -> "_Ignored":
         """Those whose first half is one of `mine`."""
         chosen = np.isin(pairs[0], mine)
         own, other = np.searchsorted(mine, pairs[0][chosen]), pairs[1][chosen]
-        tile = (own // _TILE_ROWS) << 32 | (other // _TILE_COLUMNS)
-        order = np.argsort(tile, kind="stable")
-        tiles, starts = np.unique(tile[order], return_index=True)
-        spans = zip(tiles.tolist(), starts.tolist(), [*starts[1:].tolist(), len(own)], strict=False)
+        number = (own // tile[0]) << 32 | (other // tile[1])
+        order = np.argsort(number, kind="stable")
+        numbers, starts = np.unique(number[order], return_index=True)
+        spans = zip(numbers.tolist(), starts.tolist(), [*starts[1:].tolist(), len(own)], strict=False)
         return _Ignored(
             own=own[order],
             other=other[order],
             spans={
-                ((tile >> 32) * _TILE_ROWS, (tile & 0xFFFFFFFF) * _TILE_COLUMNS): slice(start, end)
-                for tile, start, end in spans
+                ((number >> 32) * tile[0], (number & 0xFFFFFFFF) * tile[1]): slice(start, end)
+                for number, start, end in spans
             },
         )
 

@@ -246,7 +246,7 @@ class Zero(Replicated):
         )
         # DeepSpeed lays out the moments in its first step, or has made one of zeros. A resumed training needs
         # them before, and its step counted right.
-        for parameter in (p for group in base.param_groups for p in group["params"]):
+        for parameter in [p for group in base.param_groups for p in group["params"]] or list(base.state):
             base.state[parameter] = {
                 "step": torch.tensor(0.0),
                 **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
@@ -275,8 +275,10 @@ class Zero(Replicated):
     def clip(self, max_norm: float) -> float:
         """See `Replicated.clip`. The engine clips by its own norm when it steps, so its bound is moved."""
         optimizer = self._engine.optimizer
-        groups = (optimizer._get_norm_groups(),) if self._how.zero_stage == 3 else ()
-        own = float(optimizer.scaled_global_norm(*groups))
+        if self._how.zero_stage == 3:
+            own = math.sqrt(sum(float(norm) ** 2 for norm in optimizer._get_norm_groups()))
+        else:
+            own = float(optimizer.scaled_global_norm())
         others = [p.grad for name, p in self._named() if not name.startswith("model.") and p.grad is not None]
         norm = math.sqrt(own**2 + sum(gradient.float().square().sum().item() for gradient in others))
         scale = max_norm / (norm + 1e-6)
