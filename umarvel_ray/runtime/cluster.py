@@ -49,6 +49,9 @@ class RuntimeSettings(Config):
     """`local` runs the same functions in this process, one after the other: breakpoints work, no cluster."""
     num_workers: PositiveInt = 1
     """Training workers; the lanes into which a step is cut. `local` plays them all."""
+    min_workers: PositiveInt | None = None
+    """A training goes on with as few while nodes are away, and grows again to `num_workers`; by default it
+    waits for all. The global batches stay the same."""
     strategy: StrategySettings = StrategySettings()
     """How a training lies on its workers."""
     num_actors: PositiveInt = 1
@@ -67,6 +70,24 @@ class RuntimeSettings(Config):
     wait_for_nodes_s: NonNegativeFloat = 0
     """How long to wait for machines that a cluster has yet to bring; what does not fit is refused at once by
     default."""
+
+    @model_validator(mode="after")
+    def _workers_fit_the_strategy(self) -> Self:
+        kind = self.strategy.kind
+        if self.kind == "local" and kind != "ddp":
+            raise ValueError(
+                f"runtime.kind local plays all workers in one process, which {kind} cannot: use ddp, or ray"
+            )
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers is {self.min_workers}, more than num_workers ({self.num_workers}): lower it"
+            )
+        if self.min_workers is not None and kind == "deepspeed":
+            raise ValueError(
+                f"deepspeed (ZeRO-{self.strategy.zero_stage}) is made for a fixed number of workers: leave "
+                "min_workers out, or use ddp or fsdp2"
+            )
+        return self
 
 
 def prepare_environment() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,13 +11,15 @@ from typing import Any
 
 from umarvel_ray.errors import TrainingError, UmarvelError
 from umarvel_ray.runtime.cluster import RuntimeSettings, prepare_worker
+from umarvel_ray.storage import Place, at, is_remote
+from umarvel_ray.train.checkpoint import latest_step
 from umarvel_ray.train.settings import StageConfig
 
 logger = logging.getLogger(__name__)
 
 _RETRIES = 2
-"""Workers that die start again from the newest state in the output folder. Ray Train would try again whatever
-went wrong; our own errors would only come again."""
+"""Workers that die start again from the newest state in the output folder, so often in a row without a newer
+state. Ray Train would try again whatever went wrong; our own errors would only come again."""
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -33,8 +36,9 @@ def run_stage(config: StageConfig, runtime: RuntimeSettings, on_step: OnStep = l
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    most = runtime.num_workers
     workers = ScalingConfig(
-        num_workers=runtime.num_workers,
+        num_workers=most if runtime.min_workers is None else (runtime.min_workers, most),
         use_gpu=runtime.gpus > 0,
         resources_per_worker={"CPU": runtime.cpus, **({"GPU": runtime.gpus} if runtime.gpus else {})},
     )
@@ -43,20 +47,32 @@ def run_stage(config: StageConfig, runtime: RuntimeSettings, on_step: OnStep = l
         train_loop_config={"config": config.model_dump(), "runtime": runtime.model_dump()},
         scaling_config=workers,
         torch_config=TorchConfig(backend="nccl" if runtime.gpus else "gloo"),
-        run_config=RunConfig(name="ray", storage_path=str(Path(config.output).resolve() / "ray")),
+        run_config=RunConfig(name="ray", storage_path=str(_absolute(config.output) / "ray")),
     )
-    with _Tail(Path(config.output) / "metrics.jsonl", on_step):
-        for attempt in range(1 + _RETRIES):
+    states = _absolute(config.output) / "states"
+    with _Tail(_absolute(config.output) / "metrics.jsonl", on_step):
+        failures, reached = 0, latest_step(states)
+        while True:
             try:
                 _fit(trainer)
                 return
             except Exception as error:
                 if own := _own_error(error):
                     raise own from error
-                logger.warning("a training worker failed (%d of %d times at most)", attempt + 1, 1 + _RETRIES)
-                if attempt == _RETRIES:
+                step = latest_step(states)
+                failures, reached = (failures + 1 if step == reached else 1), step
+                logger.warning(
+                    "a training worker failed; going on from step %d (%d of %d failures without progress)",
+                    step, failures, 1 + _RETRIES,
+                )  # fmt: skip
+                if failures > _RETRIES:
                     logger.error("%s", error)
                     raise _last_line(error) from error
+
+
+def _absolute(path: str) -> Place:
+    """The same on every node."""
+    return at(path if is_remote(path) else Path(path).resolve())
 
 
 def _fit(trainer: Any) -> None:
@@ -84,9 +100,34 @@ def _worker(settings: dict[str, Any]) -> None:
 
     runtime = build_config(settings["runtime"], RuntimeSettings)
     prepare_worker(runtime)
-    lanes = WorkerLanes()
-    train_stage(build_config(settings["config"], StageConfig), lanes, how=runtime.strategy)
+    train_stage(
+        build_config(settings["config"], StageConfig),
+        WorkerLanes(),
+        how=runtime.strategy,
+        must_save=_preemption_watch(),
+    )
     torch.distributed.barrier()
+
+
+def _preemption_watch() -> Callable[[], bool] | None:
+    """True once for each notice that a node of ours will be taken away; None where nobody gives notice.
+
+    All workers ask equally often, and hear the same.
+    """
+    import ray.train
+
+    ask = getattr(ray.train, "get_preemption_info", None)
+    if ask is None or os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0":
+        return None
+    heard: list[Any] = []
+
+    def must_save() -> bool:
+        notice = ask()
+        is_new = notice is not None and notice not in heard
+        heard.extend([notice] if is_new else [])
+        return is_new
+
+    return must_save
 
 
 def _own_error(error: BaseException) -> UmarvelError | None:
@@ -116,8 +157,9 @@ def _last_line(error: BaseException) -> TrainingError:
 class _Tail:
     """Follows a metrics file from another thread: workers need no way back to this process."""
 
-    def __init__(self, path: Path, on_step: OnStep) -> None:
+    def __init__(self, path: Place, on_step: OnStep) -> None:
         self._path = path
+        self._pause_s = 0.3 if isinstance(path, Path) else 10.0
         self._on_step = on_step
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -131,7 +173,7 @@ class _Tail:
 
     def _follow(self) -> None:
         shown = 0
-        while not self._stop.wait(0.3):
+        while not self._stop.wait(self._pause_s):
             shown = self._show_from(shown)
         self._show_from(shown)
 

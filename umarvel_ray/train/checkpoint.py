@@ -5,10 +5,9 @@ It is the same whatever the strategy and the number of workers, so that a traini
 """
 
 import json
-import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,10 @@ from torch import Tensor, nn
 
 from umarvel_ray.artifacts import atomic_folder, atomic_write, read_json, write_json
 from umarvel_ray.errors import CheckpointError
+from umarvel_ray.storage import Place, RemotePath, local_file, remove_tree
 
 _TENSORS, _STATE = "state.safetensors", "state.json"
+_REMOTE_PAUSE_S = 10.0
 BEST = "best"
 """Beside the newest states: the one that was best on the validation slice."""
 
@@ -39,7 +40,7 @@ class State:
 
 
 def save_state(
-    folder: Path,
+    folder: Place,
     tensors: Mapping[str, Tensor],
     *,
     step: int,
@@ -54,19 +55,25 @@ def save_state(
             save_file(written, place / _TENSORS)
             write_json(place / _STATE, {"step": step, **(facts or {})})
     for old in _states(folder)[:-keep]:
-        shutil.rmtree(old)
+        remove_tree(old)
 
 
-def latest_state(folder: Path) -> State | None:
+def latest_state(folder: Place) -> State | None:
     """The newest state; None where there is none."""
     states = _states(folder)
     if not states:
         return None
     facts = read_json(states[-1] / _STATE)
-    return State(int(facts["step"]), load_file(states[-1] / _TENSORS), facts)
+    return State(int(facts["step"]), load_file(local_file(states[-1] / _TENSORS)), facts)
 
 
-def restore(model: nn.Module, state: State, *, where: Path) -> None:
+def latest_step(folder: Place) -> int:
+    """Steps done in the newest state; 0 where there is none."""
+    states = _states(folder)
+    return int(states[-1].name.removeprefix("step-")) if states else 0
+
+
+def restore(model: nn.Module, state: State, *, where: Place) -> None:
     """Put a state's weights into the model.
 
     Raises:
@@ -87,10 +94,14 @@ def restore(model: nn.Module, state: State, *, where: Path) -> None:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one line a step; on resume, lines of steps that will run again are dropped."""
+    """`metrics.jsonl`: one line a step; on resume, lines of steps that will run again are dropped.
 
-    def __init__(self, path: Path, *, steps_done: int) -> None:
-        kept = []
+    Object storage cannot append: there the file is written anew now and then, and at the end.
+    """
+
+    def __init__(self, path: Place, *, steps_done: int) -> None:
+        self._path = path
+        self._lines = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -98,20 +109,39 @@ class MetricsLog:
                 except json.JSONDecodeError:  # the line that was being written when the process died
                     break
                 if entry["step"] <= steps_done:
-                    kept.append(line + "\n")
-        with atomic_write(path) as file:
-            file.writelines(kept)
-        self._file = path.open("a", encoding="utf-8")
+                    self._lines.append(line + "\n")
+        self._write_all()
+        self._file = None if isinstance(path, RemotePath) else path.open("a", encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one step."""
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        line = json.dumps(entry) + "\n"
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._lines.append(line)
+        if time.monotonic() - self._written > _REMOTE_PAUSE_S:
+            self._write_all()
 
     def close(self) -> None:
         """Done."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+        else:
+            self._write_all()
+
+    def _write_all(self) -> None:
+        with atomic_write(self._path) as file:
+            file.writelines(self._lines)
+        self._written = time.monotonic()
 
 
-def _states(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if (path / _STATE).exists())
+def _states(folder: Place) -> list[Place]:
+    """Whole ones, oldest first."""
+    return sorted(
+        (path for path in folder.iterdir() if path.name.startswith("step-") and (path / _STATE).exists())
+        if folder.is_dir()
+        else [],
+        key=lambda path: path.name,
+    )

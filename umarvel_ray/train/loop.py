@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
 
+from umarvel_ray.storage import Place
 from umarvel_ray.train.checkpoint import MetricsLog, State, save_state
 from umarvel_ray.train.optimizer import learning_rate, require_finite
 from umarvel_ray.train.settings import TrainSettings
@@ -76,7 +76,7 @@ def train(
     *,
     num_steps: int,
     seed: int,
-    output: Path,
+    output: Place,
     state: State | None = None,
     watchers: Watchers = Watchers(),
 ) -> None:

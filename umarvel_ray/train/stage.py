@@ -1,7 +1,6 @@
 """One stage of training: from a checkpoint and data to the next checkpoint."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from umarvel_ray.data.trec import Run
 from umarvel_ray.model.encoder import Encoder
 from umarvel_ray.model.reranker import Reranker
 from umarvel_ray.model.settings import DtypeName
+from umarvel_ray.storage import at
 from umarvel_ray.train.checkpoint import latest_state, restore
 from umarvel_ray.train.contrastive import ContrastiveTask
 from umarvel_ray.train.gather import Lanes
@@ -78,7 +78,7 @@ def train_stage(
         how: How parameters lie on the workers.
         must_save: Says that this worker will be taken away soon.
     """
-    output, settings = Path(config.output), config.train
+    output, settings = at(config.output), config.train
     data = open_training_set(config)
     plan = batch_plan(config, data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,7 +102,7 @@ def train_stage(
     trackers = open_trackers(
         settings.trackers if lanes.leads else (),
         output,
-        name="/".join(output.parts[-3:]),
+        name="/".join(str(output).split("/")[-3:]),
         settings=config.model_dump(mode="json"),
     )
     facts = {"seed": config.seed, "data": data.fingerprint, "settings": config.model_dump(mode="json")}

@@ -3,10 +3,10 @@
 import importlib
 import importlib.util
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from umarvel_ray.errors import ConfigError
+from umarvel_ray.storage import Place
 from umarvel_ray.train.settings import TrackerName
 
 _PACKAGES: dict[TrackerName, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
@@ -25,7 +25,7 @@ class Tracker(Protocol):
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Place, name: str, settings: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder / "tensorboard"))
@@ -39,7 +39,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Place, name: str, settings: Mapping[str, Any]) -> None:
         wandb: Any = importlib.import_module("wandb")
 
         self._run: Any = wandb.init(
@@ -54,7 +54,7 @@ class _Wandb:
 
 
 class _Mlflow:
-    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Place, name: str, settings: Mapping[str, Any]) -> None:
         mlflow: Any = importlib.import_module("mlflow")
 
         self._mlflow: Any = mlflow
@@ -86,7 +86,7 @@ def require_trackers(names: tuple[TrackerName, ...]) -> None:
 
 
 def open_trackers(
-    names: tuple[TrackerName, ...], folder: Path, *, name: str, settings: Mapping[str, Any]
+    names: tuple[TrackerName, ...], folder: Place, *, name: str, settings: Mapping[str, Any]
 ) -> list[Tracker]:
     """Start them; `folder` is the stage's."""
     return [_TRACKERS[tracker](folder, name, settings) for tracker in names]
