@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": BASE | {"data", "model", "train", "retrieve", "pipeline"},
     "demo": BASE | {"data"},
     "export": BASE | {"data", "model"},
-    "bench": BASE | {"data", "model", "train", "retrieve", "evaluate", "runtime", "pipeline", "demo"},
+    "bench": BASE | {"data", "model", "train", "retrieve", "evaluate", "runtime", "pipeline", "plan", "demo"},
     "cli": BASE
     | {"data", "model", "train", "retrieve", "evaluate", "runtime", "pipeline"}
     | {"plan", "demo", "bench", "export", PACKAGE},

@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
 
 from umarvel_ray import logs
 from umarvel_ray.config import Config
@@ -182,7 +182,7 @@ def what_lacks(settings: RuntimeSettings, nodes: Sequence[Mapping[str, float]]) 
         settings: What is to be placed.
         nodes: Resources of each node. A worker or actor stands on one of them, whole.
     """
-    need, most = bundle(settings), max(settings.num_workers, settings.num_actors)
+    need, most = bundle(settings), max(settings.min_workers or settings.num_workers, settings.num_actors)
     place_for = sum(
         int(min(node.get(name, 0) / amount for name, amount in need.items() if amount)) for node in nodes
     )
@@ -223,7 +223,7 @@ def _ask_for_nodes(settings: RuntimeSettings | None) -> None:
     if settings is None:
         request_resources(bundles=[])
         return
-    most = max(settings.num_workers, settings.num_actors)
+    most = max(settings.min_workers or settings.num_workers, settings.num_actors)
     need = {name: amount for name, amount in bundle(settings).items() if amount}
     request_resources(bundles=[need] * most + [{"CPU": 1}])
 
