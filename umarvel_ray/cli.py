@@ -234,6 +234,11 @@ def run_job(kind: str, config: Path, overrides: list[str], *, dry_run: bool = Fa
         from umarvel_ray.pipeline.check import print_settings
 
         print_settings(settings, _view())
+        if kind == "train":
+            from umarvel_ray.plan.training import describe_stage
+
+            for line in describe_stage(settings, runtime):
+                _view().line(line)
         return
     view = _view()
     perform(kind, settings, runtime, view)

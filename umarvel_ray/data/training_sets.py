@@ -143,6 +143,29 @@ class MbeirSet:
         """See `TrainingSet.questions`: a qid may stand in many lines."""
         return self._columns[2]
 
+    def require_own_lists(self) -> None:
+        """Look whether the lists name these queries and these candidates.
+
+        Raises:
+            DataError: They name others: they were made for other data.
+        """
+        if self._lists is None:
+            return
+        known = {record.query.qid for record in self._queries}
+        foreign = [qid for qid in self._lists.qids if qid not in known]
+        if foreign:
+            raise DataError(
+                f"data.lists: {len(foreign)} of {len(self._lists)} queries are not among the training queries "
+                f"of {self._queries.path} (first: {foreign[0]}). Mine or score the data that is trained on."
+            )
+        named = set().union(*self._lists.dids)
+        missing = sorted(did for did in named if self._pool.find(did) is None)
+        if missing:
+            raise DataError(
+                f"data.lists: {len(missing)} of {len(named)} candidates are not in the pool "
+                f"{self._pool.path} (first: {missing[0]}). Mine or score the data that is trained on."
+            )
+
     def item(self, row: int, *, visit: int) -> TrainingItem:
         """See `TrainingSet.item`."""
         record = self._queries[int(self._rows[row])]

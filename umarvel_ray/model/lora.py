@@ -16,7 +16,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FOLDER = "adapter"
 """Within a checkpoint: the adapter that was merged into it, in PEFT's format."""
 
-DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+DECODER_LAYER = r".*language_model\.layers\.\d+"
 _PREFIX = "base_model.model."
 
 
@@ -35,7 +35,7 @@ def set_trainable(model: Any, trainable: Literal["lora", "full"], lora: LoraSett
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         bias="none",
-        target_modules=DECODER_LINEARS,
+        target_modules=rf"{DECODER_LAYER}\.\w+\.({'|'.join(lora.targets)})",
     )
     return get_peft_model(model, config)
 

@@ -1,8 +1,8 @@
 """What decides an embedding or a score, besides the weights. Importing this loads no torch."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from umarvel_ray.config import Config
 
@@ -94,9 +94,15 @@ class RerankerSettings(Config):
     """Tokens of a query (instruction included) or candidate text."""
 
 
+DecoderLinear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""The linear layers that every backbone read here has."""
+
+
 class LoraSettings(Config):
     """Low-rank adapters on every linear layer of the decoder."""
 
     rank: PositiveInt = 128
     alpha: PositiveInt = 256
     dropout: NonNegativeFloat = 0.05
+    targets: Annotated[tuple[DecoderLinear, ...], Field(min_length=1)] = get_args(DecoderLinear)
+    """Which linear layers of each decoder layer; all of them by default."""

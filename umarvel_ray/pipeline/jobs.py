@@ -52,12 +52,15 @@ def train(config: StageConfig, runtime: RuntimeSettings, view: View) -> Summary:
     from umarvel_ray.retrieve.teacher import require_teacher
     from umarvel_ray.runtime.training import run_stage
     from umarvel_ray.train.settings import MbeirData
-    from umarvel_ray.train.stage import batch_plan, open_training_set
+    from umarvel_ray.train.stage import batch_plan, open_training_set, require_sound
 
     if isinstance(config.data, MbeirData):
         require_teacher(config.data)
     data = open_training_set(config)
+    require_sound(config, data)
     num_steps = config.train.steps(batch_plan(config, data).steps_per_epoch)
+    if config.train.rate_of_batch_size:
+        view.line(config.train.rate_note)
     last: dict[str, Any] = {}
     with view.bar("training", num_steps, unit="steps") as bar:
 

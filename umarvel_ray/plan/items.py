@@ -58,15 +58,15 @@ def joined(parts: Sequence[Items]) -> Items:
         return Items(0, 0)
     pictures = sum(part.rows * part.images for part in parts)
 
-    def per_picture(value: Callable[[Items], float]) -> float:
+    def perpicture_size(value: Callable[[Items], float]) -> float:
         return sum(p.rows * p.images * value(p) for p in parts) / pictures if pictures else 0.0
 
     return Items(
         rows=rows,
         tokens=sum(p.rows * p.tokens for p in parts) / rows,
         images=pictures / rows,
-        image_tokens=per_picture(lambda p: p.image_tokens),
-        image_bytes=per_picture(lambda p: p.image_bytes),
+        image_tokens=perpicture_size(lambda p: p.image_tokens),
+        image_bytes=perpicture_size(lambda p: p.image_bytes),
     )
 
 
@@ -185,7 +185,7 @@ class _Sampler:
             text = " ".join(filter(None, (getattr(item, "instruction", None), item.txt)))
             tokens += self._template + (self._count(text) if text else 0)
             if item.img_path:
-                pictures.append(_picture(item.img_path, self._run.encoder.images))
+                pictures.append(picture_size(item.img_path, self._run.encoder.images))
                 tokens += pictures[-1][0] + 2
         number = max(1, len(looked))
         return Items(
@@ -197,7 +197,7 @@ class _Sampler:
         )
 
 
-def _picture(path: str, settings: ImageSettings) -> tuple[float, float]:
+def picture_size(path: str, settings: ImageSettings | None = None) -> tuple[float, float]:
     """Tokens of an image and bytes of its file; the head of the file is read, no pixel is decoded."""
     from PIL import Image
 
@@ -205,6 +205,7 @@ def _picture(path: str, settings: ImageSettings) -> tuple[float, float]:
 
     try:
         with Image.open(path) as image:
+            settings = settings or ImageSettings()
             height, width = resized_size(image.height, image.width, settings)
         return height * width / settings.unit**2, Path(path).stat().st_size
     except (OSError, UmarvelError):

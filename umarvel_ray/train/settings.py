@@ -71,6 +71,14 @@ class TrainSettings(Config):
             return self.learning_rate
         return self.learning_rate * (self.batch_size / self.rate_of_batch_size) ** 0.5
 
+    @property
+    def rate_note(self) -> str:
+        """Says what `rate` did."""
+        return (
+            f"learning rate {self.learning_rate:g} × √({self.batch_size}/{self.rate_of_batch_size}) "
+            f"= {self.rate:.3g}"
+        )
+
     def steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps in all."""
         return self.num_steps or max(1, round((self.num_epochs or 0) * steps_per_epoch))
@@ -175,3 +183,19 @@ class StageConfig(Config):
     temperature: PositiveFloat | None = None
     """τ to start from; by default the checkpoint's, or 0.05."""
     dtype: DtypeName = "float32"
+
+    @model_validator(mode="after")
+    def _data_suit_the_loss(self) -> Self:
+        lists = self.data.lists if isinstance(self.data, MbeirData) else None
+        taught = isinstance(self.data, MbeirData) and self.data.list_role == "teacher"
+        given = isinstance(self.data, NliData) and self.data.use_hard_negatives
+        if self.model == "encoder" and self.loss.kind == "distillation" and not (taught and lists):
+            raise ValueError(
+                "loss.kind is distillation, but no teacher's scores are given: set data.lists to a scoring "
+                "job's teacher.arrow and data.list_role to teacher"
+            )
+        if self.model == "encoder" and self.loss.negatives == "own" and not (lists or given):
+            raise ValueError("loss.negatives is own, but queries have no lists: set data.lists")
+        if self.model == "reranker" and not lists:
+            raise ValueError("a reranker learns from lists, but there are none: set data.lists")
+        return self

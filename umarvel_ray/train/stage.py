@@ -22,7 +22,7 @@ from umarvel_ray.train.loop import Task, Watchers, train
 from umarvel_ray.train.pairs import RerankerTask
 from umarvel_ray.train.settings import CHECKPOINT, CaptionData, NliData, StageConfig, StrategySettings
 from umarvel_ray.train.strategy import PLAIN, make_strategy
-from umarvel_ray.train.trackers import open_trackers
+from umarvel_ray.train.trackers import open_trackers, require_trackers
 
 
 def open_training_set(config: StageConfig) -> TrainingSet:
@@ -59,6 +59,18 @@ def batch_plan(config: StageConfig, data: TrainingSet) -> BatchPlan:
         questions=data.questions if train.validation else None,
         num_held_out=train.validation.queries if train.validation else 0,
     )
+
+
+def require_sound(config: StageConfig, data: TrainingSet) -> None:
+    """Look at what a stage will need before its model loads; the settings alone were looked at before.
+
+    Raises:
+        ConfigError: A tracker is not installed.
+        DataError: The lists were made for other data.
+    """
+    require_trackers(config.train.trackers)
+    if isinstance(data, MbeirSet):
+        data.require_own_lists()
 
 
 def train_stage(
