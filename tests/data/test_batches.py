@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from fixtures_model import ListSet, training_item
 
-from umarvel_ray.data.batches import BatchPlan, ContrastiveBatch, build_batch, deal, token_cost
+from umarvel_ray.data.batches import (
+    BatchPlan,
+    ContrastiveBatch,
+    build_batch,
+    deal,
+    filler_record,
+    token_cost,
+)
 from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.errors import ConfigError
 
@@ -165,3 +172,71 @@ def test_lanes_cover_all_items_once_and_weigh_alike(num_lanes, num_items):
     loads = [sum(costs[index] for index in lane) for lane in lanes]
     assert max(loads) - min(loads) <= max(costs, default=0)
     assert all(map(np.array_equal, lanes, deal(costs, num_lanes)))
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_a_batch_of_one_task_holds_no_other(batch_size):
+    """Tasks of 5, 7 and 2 rows; every task gives what it can in each epoch, in an order of its own."""
+    tasks = np.array([0] * 5 + [1] * 7 + [2] * 2)
+    plan = BatchPlan(num_rows=14, batch_size=batch_size, seed=3, tasks=tasks)
+    per_epoch = [5 // batch_size, 7 // batch_size, 2 // batch_size]
+    assert plan.steps_per_epoch == sum(per_epoch)
+    orders = set()
+    for epoch in range(4):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        batches = [plan.rows(step)[0] for step in steps]
+        of_batch = [set(tasks[rows].tolist()) for rows in batches]
+        assert all(len(found) == 1 for found in of_batch)
+        order = [found.pop() for found in of_batch]
+        assert [order.count(task) for task in range(3)] == per_epoch
+        assert len(set(np.concatenate(batches).tolist())) == batch_size * len(batches)
+        orders.add(tuple(order))
+    assert len(orders) > 1
+
+
+def test_all_rows_of_a_held_out_question_stay_out_of_training():
+    """Question 0 stands in three rows."""
+    questions = np.array([0, 1, 2, 0, 3, 0, 4, 5])
+    held = set()
+    for seed in range(8):
+        plan = BatchPlan(num_rows=8, batch_size=1, seed=seed, questions=questions, num_held_out=2)
+        out = questions[plan.held_out].tolist()
+        assert len(out) == len(set(out)) == 2
+        trained = np.concatenate([plan.rows(step)[0] for step in range(plan.steps_per_epoch)])
+        assert set(questions[trained]) == set(range(6)) - set(out)
+        assert len(trained) == 8 - sum(np.count_nonzero(questions == question) for question in out)
+        held |= set(out)
+    assert len(held) > 3
+    with pytest.raises(ConfigError, match="only 5 training queries after 3 are held out"):
+        BatchPlan(num_rows=8, batch_size=6, seed=0, num_held_out=3)
+
+
+def test_without_masks_every_item_has_a_column_of_its_own():
+    kite, twin = words("9:1", "kite"), words("9:2", "kite")
+    items = (training_item(ask("9:1", "a"), kite, twin, others=[kite]), training_item(ask("9:2", "a"), twin))
+    batch = build_batch(ListSet(items), np.arange(2), visit=0, mask_false_negatives=False)
+    assert column_words(batch) == ["kite", "kite", "kite"]
+    assert batch.positive_Q.tolist() == [0, 1] and len(batch.false_pairs[0]) == 0
+
+
+def test_on_the_way_back_a_positive_is_not_pushed_from_whom_it_answers():
+    """The boat is drawn for queries 0 and 2 and answers query 1 too."""
+    boat, kite = words("9:1", "boat"), words("9:2", "kite")
+    batch = batch_of(
+        training_item(ask("9:1", "a"), boat),
+        training_item(ask("9:2", "b"), kite, boat),
+        training_item(ask("9:3", "c"), boat),
+    )
+    assert sorted(zip(*map(np.ndarray.tolist, batch.answered_pairs()), strict=True)) == [
+        (0, 1),
+        (0, 2),
+        (2, 0),
+        (2, 1),
+    ]
+
+
+def test_the_filler_has_a_picture_where_any_record_has():
+    text, photo = words("9:1", "x"), Candidate(did="9:2", img_path="a.png")
+    both = Candidate(did="9:3", txt="long " * 9, img_path="a.png")
+    assert filler_record([text, both, photo]) == photo
+    assert filler_record([words("9:4", "y" * 40), text]) == text

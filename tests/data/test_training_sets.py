@@ -142,3 +142,23 @@ def test_queries_without_a_list_train_on_in_batch_negatives(mbeir):
     without = [row for row in range(len(data)) if data.item(row, visit=0).query.qid not in LISTS.qids]
     assert without
     assert all(data.item(row, visit=0).others == () for row in without)
+
+
+def test_lists_of_other_data_are_refused(mbeir):
+    """Made for other queries, or over another pool."""
+    MbeirSet(mbeir, seed=1, lists=LISTS).require_own_lists()
+    other_queries = Run(qids=["9:101", "77:1"], dids=[["9:1"], ["9:1"]], scores=[[0.5], [0.5]])
+    with pytest.raises(DataError, match=r"1 of 2 queries are not among the training queries .*first: 77:1"):
+        MbeirSet(mbeir, seed=1, lists=other_queries).require_own_lists()
+    other_pool = Run(qids=["9:101"], dids=[["9:1", "88:3"]], scores=[[0.5, 0.25]])
+    with pytest.raises(DataError, match=r"1 of 2 candidates are not in the pool .*first: 88:3"):
+        MbeirSet(mbeir, seed=1, lists=other_pool).require_own_lists()
+
+
+def test_rows_know_their_task_and_their_question(mbeir):
+    data = MbeirSet(mbeir, seed=1)
+    assert len(data.tasks) == len(data.questions) == len(data) == 5
+    asked = [data.item(row, visit=0).query.qid for row in range(5)]
+    assert len(set(data.questions.tolist())) == len(set(asked))
+    # 9:101 and 9:103 seek photos for words, 9:102 words for a photo, OVEN's and InfoSeek's are of two tasks.
+    assert len(set(data.tasks.tolist())) == 4 and data.tasks[0] == data.tasks[asked.index("9:103")]

@@ -1,5 +1,6 @@
 """One step of the embedder leaves the gradient of the whole batch, whatever its lanes and chunks."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -278,3 +279,52 @@ def test_tau_stays_positive(backbone, pictures):
     assert task.samples(task.prepare(0)) == [
         item.query.qid for item in map(data.items.__getitem__, plan.rows(0)[0])
     ]
+
+
+@pytest.mark.parametrize("num_lanes", [1, 2])
+def test_held_out_queries_are_ranked_against_one_another(backbone, pictures, num_lanes):
+    """Ranks by a loop over cosines, other positives of a query left out; no dropout, and training goes on."""
+    encoder, data = load_encoder(backbone, dropout=0.5), pairs(pictures)
+    plan = BatchPlan(num_rows=5, batch_size=1, seed=0, num_held_out=4)
+    strategy = replicated(encoder, Lanes(num_lanes))
+    task = ContrastiveTask(
+        encoder, data, ContrastiveSettings(), plan=plan, strategy=strategy, max_tokens=MANY
+    )
+    found = task.validate()
+    assert encoder.training
+    encoder.eval()
+    items = [data.items[row] for row in plan.held_out]
+    pool = {data.content_key(c): c for item in items for c in (item.positive, *item.others)}
+    ranks = []
+    for item in items:
+        same = [other for other in items if other.query.content == item.query.content]
+        relevant = set().union(*(other.relevant for other in same)) - {data.content_key(item.positive)}
+        query, positive = encoder.embed_queries([item.query])[0], encoder.embed_candidates([item.positive])[0]
+        others = [
+            c for key, c in pool.items() if key not in relevant and key != data.content_key(item.positive)
+        ]
+        better = sum(
+            float(query @ encoder.embed_candidates([c])[0]) > float(query @ positive) for c in others
+        )
+        ranks.append(1 + better)
+    assert found["hit@1"] == pytest.approx(sum(rank <= 1 for rank in ranks) / 4)
+    assert found["score"] == pytest.approx(sum(1 / rank for rank in ranks) / 4)
+
+
+def test_the_record_that_broke_the_loss_is_named(backbone, pictures):
+    encoder, data = load_encoder(backbone), pairs(pictures)
+    plan = BatchPlan(num_rows=5, batch_size=5, seed=0)
+    task = ContrastiveTask(
+        encoder,
+        data,
+        ContrastiveSettings(),
+        plan=plan,
+        strategy=replicated(encoder, Lanes(2)),
+        max_tokens=ONE,
+    )
+    kite = encoder.builder._tokenizer("kite", add_special_tokens=False)["input_ids"][-1]
+    with torch.no_grad():
+        encoder.model.get_input_embeddings().weight[kite] = float("nan")
+    prepared = task.prepare(0)
+    assert math.isnan(task.backward(prepared, seed=0)["loss"])
+    assert task.samples(prepared) == ["9:1"]

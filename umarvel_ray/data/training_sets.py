@@ -155,8 +155,9 @@ class MbeirSet:
         foreign = [qid for qid in self._lists.qids if qid not in known]
         if foreign:
             raise DataError(
-                f"data.lists: {len(foreign)} of {len(self._lists)} queries are not among the training queries "
-                f"of {self._queries.path} (first: {foreign[0]}). Mine or score the data that is trained on."
+                f"data.lists: {len(foreign)} of {len(self._lists)} queries are not among the training "
+                f"queries of {self._queries.path} (first: {foreign[0]}). Mine or score the data that is "
+                "trained on."
             )
         named = set().union(*self._lists.dids)
         missing = sorted(did for did in named if self._pool.find(did) is None)

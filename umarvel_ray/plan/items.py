@@ -58,15 +58,15 @@ def joined(parts: Sequence[Items]) -> Items:
         return Items(0, 0)
     pictures = sum(part.rows * part.images for part in parts)
 
-    def perpicture_size(value: Callable[[Items], float]) -> float:
+    def per_picture(value: Callable[[Items], float]) -> float:
         return sum(p.rows * p.images * value(p) for p in parts) / pictures if pictures else 0.0
 
     return Items(
         rows=rows,
         tokens=sum(p.rows * p.tokens for p in parts) / rows,
         images=pictures / rows,
-        image_tokens=perpicture_size(lambda p: p.image_tokens),
-        image_bytes=perpicture_size(lambda p: p.image_bytes),
+        image_tokens=per_picture(lambda p: p.image_tokens),
+        image_bytes=per_picture(lambda p: p.image_bytes),
     )
 
 
@@ -205,9 +205,9 @@ def picture_size(path: str, settings: ImageSettings | None = None) -> tuple[floa
 
     try:
         with Image.open(path) as image:
-            settings = settings or ImageSettings()
-            height, width = resized_size(image.height, image.width, settings)
-        return height * width / settings.unit**2, Path(path).stat().st_size
+            bounds = (settings or ImageSettings()).model_dump()
+            height, width = resized_size(image.height, image.width, **bounds)
+        return height * width / 28**2, Path(path).stat().st_size
     except (OSError, UmarvelError):
         return 0.0, 0.0  # `umarvel check` names it
 

@@ -51,9 +51,9 @@ class StageEstimate:
             f"{self.num_candidates:,} different candidates: {self.negatives:,.0f} negatives per query",
             f"{self.tokens:,.0f} tokens a step, {self.tokens / num_workers:,.0f} a worker"
             + (", embedded twice: they do not fit one chunk" if self.passes > 2 else ""),
-            f"about {human_bytes(self.memory_bytes)} on each of {num_workers} workers, {short_time(self.step_s)} "
-            f"a step, {short_time(self.step_s * self.num_steps)} in all, if a worker is a "
-            f"{self.machine.name} at {self.machine.model_share:.0%} of its peak: estimates",
+            f"about {human_bytes(self.memory_bytes)} on each of {num_workers} workers, "
+            f"{short_time(self.step_s)} a step, {short_time(self.step_s * self.num_steps)} in all, if a worker "
+            f"is a {self.machine.name} at {self.machine.model_share:.0%} of its peak: estimates",
         ]
 
 
