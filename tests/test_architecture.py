@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "retrieve": BASE | {"data", "model"},
     "runtime": BASE | {"data", "model", "train", "retrieve"},
     "pipeline": BASE | {"data", "model", "train", "retrieve", "evaluate", "runtime"},
-    "plan": BASE | {"data", "model", "train", "retrieve", "pipeline"},
+    "plan": BASE | {"data", "model", "train", "retrieve", "runtime", "pipeline"},
     "demo": BASE | {"data"},
     "export": BASE | {"data", "model"},
     "bench": BASE | {"data", "model", "train", "retrieve", "evaluate", "runtime", "pipeline", "plan", "demo"},

@@ -52,8 +52,8 @@ class StageEstimate:
             f"{self.tokens:,.0f} tokens a step, {self.tokens / num_workers:,.0f} a worker"
             + (", embedded twice: they do not fit one chunk" if self.passes > 2 else ""),
             f"about {human_bytes(self.memory_bytes)} on each of {num_workers} workers, "
-            f"{short_time(self.step_s)} a step, {short_time(self.step_s * self.num_steps)} in all, if each is "
-            f"a {self.machine.name} at {self.machine.model_share:.0%} of its peak: estimates",
+            f"{short_time(self.step_s)} a step, {short_time(self.step_s * self.num_steps)} in all, "
+            f"if each is a {self.machine.name} at {self.machine.model_share:.0%} of its peak: estimates",
         ]
 
 
