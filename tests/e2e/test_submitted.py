@@ -1,4 +1,4 @@
-"""A job script handed to a running cluster, as the README has it."""
+"""What is handed to a running cluster: a job script, a run, another user's run, the same run twice."""
 
 import os
 import shutil
@@ -9,13 +9,14 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import yaml
+from fixtures_recipe import ALL_CONTROLS, require_equal
 from fixtures_run import TinyRun
 
 from umarvel_ray.artifacts import is_finished
@@ -46,7 +47,7 @@ def environment() -> dict[str, str]:
     return kept | {"PATH": f"{BIN}{os.pathsep}{kept['PATH']}", "RAY_AUTH_MODE": "disabled"}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """`ray start --head` in a session of its own; the address of its jobs."""
     home = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: sockets lie in it
@@ -55,7 +56,7 @@ def cluster() -> Iterator[str]:
         [
             *(str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"),
             *(f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
-            *(f"--dashboard-agent-listen-port={agent}", "--num-cpus=4", f"--temp-dir={home}"),
+            *(f"--dashboard-agent-listen-port={agent}", "--num-cpus=8", f"--temp-dir={home}"),
             *("--object-store-memory=100000000", "--disable-usage-stats"),
         ],
         env=environment(),
@@ -131,3 +132,84 @@ def test_a_job_script_runs_on_a_running_cluster(tiny: TinyRun, tmp_path, cluster
     best = (queries.vectors(0, len(queries)) @ pool.vectors(0, len(pool)).T).argmax(axis=1)
     run = Run.read(tmp_path / "found/test/mscoco_task0.local.arrow")
     assert [dids[0] for dids in run.dids] == [pool.ids[int(row)].as_py() for row in best]
+
+
+class Command:
+    """`umarvel` in a process of its own, and what it said."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        self._log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "umarvel_ray.cli", *arguments],
+                env=environment(),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+            )
+
+    @property
+    def said(self) -> str:
+        """So far."""
+        return self._log.read_text()
+
+    def until(self, is_time: Callable[[], bool]) -> None:
+        """Wait for a moment of its life."""
+        deadline = time.monotonic() + 150
+        while not is_time():
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.05)
+
+    def end(self) -> int:
+        """Its exit code."""
+        return self.process.wait(timeout=240)
+
+
+@pytest.mark.slow
+def test_runs_on_one_cluster_do_not_disturb_each_other(tiny: TinyRun, finished, tmp_path, cluster):
+    """A whole run handed in ends as one made here; meanwhile comes the same run again, a run of another user,
+    and someone who starts one into the first one's folder."""
+    output, other = tmp_path / "run", tmp_path / "other"
+    same = ("submit", str(tiny.config), f"output={output}", ALL_CONTROLS, "runtime.kind=ray")
+    first = Command(tmp_path / "first.log", *same, f"--address={cluster}")
+    first.until(lambda: (output / "train" / "text" / "job.json").exists())
+
+    refused = Command(tmp_path / "refused.log", "run", str(tiny.config), f"output={output}", ALL_CONTROLS)
+    assert refused.end() == 2
+    assert " works there, since " in refused.said and "umarvel status" in refused.said
+    again = Command(tmp_path / "again.log", *same, f"--address={cluster}", "--no-attach")
+    assert again.end() == 2 and "this run is on already, as umarvel-run-" in again.said
+    stranger = Command(
+        tmp_path / "stranger.log",
+        *("submit", str(tiny.config), f"output={other}", "seed=7", "columns=[instruct]", "runtime.kind=ray"),
+        *("data.tasks=[mscoco_task0]", "runtime.num_workers=1", "runtime.num_actors=1", "--detach"),
+        f"--address={cluster}",
+    )
+    assert stranger.end() == 0, stranger.said
+    status = Command(tmp_path / "status.log", "status", str(output))
+    assert status.end() == 0 and "jobs finished" in status.said and "works there, last sign" in status.said
+
+    assert first.end() == 0, first.said
+    assert "succeeded" in first.said.splitlines()[-1] and "✓ report" in first.said
+    require_equal(output, Path(finished[0].output))
+    deadline = time.monotonic() + 150
+    while not is_finished(other / "report"):
+        assert time.monotonic() < deadline, Command(tmp_path / "s.log", "status", str(other)).said
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_an_exit_code_comes_back(tiny: TinyRun, tmp_path, cluster):
+    wrong = Command(
+        tmp_path / "wrong.log",
+        *("submit", str(tiny.config), f"output={tmp_path / 'run'}", "runtime.kind=ray"),
+        *(f"backbone={tmp_path / 'nowhere'}", f"--address={cluster}"),
+    )
+    assert wrong.end() == 2
+    assert "no config.json there, so no backbone" in wrong.said
+    nowhere = Command(
+        tmp_path / "nowhere.log", "submit", str(tiny.config), "runtime.kind=ray", "--address=http://127.0.0.1:9"
+    )
+    assert nowhere.end() == 2
+    assert nowhere.said.startswith("umarvel: http://127.0.0.1:9: no job server answers")
