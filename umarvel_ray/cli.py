@@ -66,15 +66,17 @@ def rerank(
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """The staged recipe: finished jobs are skipped, an interrupted one goes on."""
+    from umarvel_ray.pipeline.only import split_only
     from umarvel_ray.pipeline.run import load_run, run_recipe
 
-    settings = load_run(config, overrides or [])
+    only, overrides = split_only(overrides or [])
+    settings = load_run(config, overrides)
     if dry_run:
         from umarvel_ray.pipeline.check import print_plan
 
         print_plan(settings, _view())
         return
-    run_recipe(settings, _view())
+    run_recipe(settings, _view(), only)
 
 
 @app.command()
@@ -148,18 +150,20 @@ def plan(
     ] = None,
     image_tokens: Annotated[float, typer.Option(help="Of an image, where the data is not here.")] = 117,
     rates: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(help="Output of an earlier run to take measured rates from; its own by default."),
     ] = None,
 ) -> None:
     """Work, memory and time of every job before it runs, what holds it up, and how it grows with the pool."""
+    from umarvel_ray.pipeline.check import RUN_FILE
     from umarvel_ray.pipeline.run import load_run
-    from umarvel_ray.plan.make import Request, finished_outputs, make_plan
+    from umarvel_ray.plan.make import Request, make_plan
     from umarvel_ray.plan.show import print_plan
 
     settings = load_run(config, overrides or [])
     # A run on other machines says nothing about the ones that were asked for, unless the user says it does.
-    learn_from = tuple(rates or ()) or (() if gpu else finished_outputs([Path(settings.output)]))
+    own = (settings.output,) if not gpu and (at(settings.output) / RUN_FILE).exists() else ()
+    learn_from = tuple(rates or ()) or own
     request = Request(gpus=gpus, gpu=gpu, share=share, image_tokens=image_tokens, rates_from=learn_from)
     print_plan(make_plan(settings, request), _view())
 
@@ -227,8 +231,11 @@ def export(
 def run_job(kind: str, config: Path, overrides: list[str], *, dry_run: bool = False) -> None:
     """Run one job from its own settings file; see `umarvel JOB --help`."""
     from umarvel_ray.pipeline.jobs import perform
+    from umarvel_ray.pipeline.only import split_only
+    from umarvel_ray.pipeline.parts import do_part
     from umarvel_ray.pipeline.run import load_job, print_results
 
+    only, overrides = split_only(overrides)
     settings, runtime = load_job(kind, config, overrides)
     if dry_run:
         from umarvel_ray.pipeline.check import print_settings
@@ -241,6 +248,9 @@ def run_job(kind: str, config: Path, overrides: list[str], *, dry_run: bool = Fa
                 _view().line(line)
         return
     view = _view()
+    if not only.is_everything:
+        do_part(kind, settings, runtime, view, only)
+        return
     perform(kind, settings, runtime, view)
     if kind == "evaluate":
         print_results([at(settings.output) / "results.json"], view)

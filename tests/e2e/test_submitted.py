@@ -17,12 +17,13 @@ import psutil
 import pytest
 import yaml
 from fixtures_recipe import ALL_CONTROLS, require_equal
-from fixtures_run import TinyRun
+from fixtures_run import Lines, TinyRun
 
 from umarvel_ray.artifacts import is_finished
 from umarvel_ray.data.mbeir import TASK_BY_NAME, Mbeir
 from umarvel_ray.data.sources import local_pool_source, query_source
 from umarvel_ray.data.trec import Run
+from umarvel_ray.pipeline.run import run_recipe
 from umarvel_ray.retrieve.store import EmbeddingStore, finish_store, plan_shards, write_shard
 
 ROOT = Path(__file__).parents[2]
@@ -168,9 +169,13 @@ class Command:
 
 @pytest.mark.slow
 def test_runs_on_one_cluster_do_not_disturb_each_other(tiny: TinyRun, finished, tmp_path, cluster):
-    """A whole run handed in ends as one made here; meanwhile comes the same run again, a run of another user,
-    and someone who starts one into the first one's folder."""
-    output, other = tmp_path / "run", tmp_path / "other"
+    """A run handed in ends as one made here; meanwhile comes the same run again, a job of another user, and
+    someone who starts one into the first one's folder."""
+    output, other = tiny.home / "submitted", tmp_path / "other"
+    # Most of it is done here: a training alone takes Ray half a minute to start on two cores.
+    run_recipe(tiny.settings(output, ALL_CONTROLS), Lines())
+    for job in ("train/text", "embed/instruct", "search/instruct", "rerank/reranked", "report"):
+        shutil.rmtree(output / job)
     same = ("submit", str(tiny.config), f"output={output}", ALL_CONTROLS, "runtime.kind=ray")
     first = Command(tmp_path / "first.log", *same, f"--address={cluster}")
     first.until(lambda: (output / "train" / "text" / "job.json").exists())
@@ -180,11 +185,17 @@ def test_runs_on_one_cluster_do_not_disturb_each_other(tiny: TinyRun, finished, 
     assert " works there, since " in refused.said and "umarvel status" in refused.said
     again = Command(tmp_path / "again.log", *same, f"--address={cluster}", "--no-attach")
     assert again.end() == 2 and "this run is on already, as umarvel-run-" in again.said
+    config = tmp_path / "embed.yaml"
+    settings = {
+        "checkpoint": str(tiny.home / "backbone"),
+        "root": str(tiny.root),
+        "output": str(other),
+        "tasks": ["mscoco_task0"],
+    }
+    config.write_text(yaml.safe_dump(settings))
     stranger = Command(
         tmp_path / "stranger.log",
-        *("submit", str(tiny.config), f"output={other}", "seed=7", "columns=[instruct]", "runtime.kind=ray"),
-        *("data.tasks=[mscoco_task0]", "runtime.num_workers=1", "runtime.num_actors=1", "--detach"),
-        f"--address={cluster}",
+        *("submit", str(config), "--job", "embed", "--detach", f"--address={cluster}"),
     )
     assert stranger.end() == 0, stranger.said
     status = Command(tmp_path / "status.log", "status", str(output))
@@ -194,7 +205,7 @@ def test_runs_on_one_cluster_do_not_disturb_each_other(tiny: TinyRun, finished, 
     assert "succeeded" in first.said.splitlines()[-1] and "✓ report" in first.said
     require_equal(output, Path(finished[0].output))
     deadline = time.monotonic() + 150
-    while not is_finished(other / "report"):
+    while not is_finished(other):
         assert time.monotonic() < deadline, Command(tmp_path / "s.log", "status", str(other)).said
         time.sleep(0.5)
 
@@ -209,7 +220,11 @@ def test_an_exit_code_comes_back(tiny: TinyRun, tmp_path, cluster):
     assert wrong.end() == 2
     assert "no config.json there, so no backbone" in wrong.said
     nowhere = Command(
-        tmp_path / "nowhere.log", "submit", str(tiny.config), "runtime.kind=ray", "--address=http://127.0.0.1:9"
+        tmp_path / "nowhere.log",
+        "submit",
+        str(tiny.config),
+        "runtime.kind=ray",
+        "--address=http://127.0.0.1:9",
     )
     assert nowhere.end() == 2
     assert nowhere.said.startswith("umarvel: http://127.0.0.1:9: no job server answers")

@@ -19,6 +19,7 @@ from typing import Any
 
 from umarvel_ray.artifacts import read_json, write_json
 from umarvel_ray.errors import OutputError
+from umarvel_ray.storage import Place, at, is_remote
 
 LOCK_FILE = ".lock.json"
 """Hidden: a folder that holds nothing else is free for other settings."""
@@ -63,7 +64,7 @@ def only_one(
     Raises:
         OutputError: Another process works there, or took the folder over while this one could not be heard.
     """
-    where, remote = Path(folder), "://" in os.fspath(folder)
+    where, remote = at(folder), is_remote(folder)
     beat_s = beat_s or _BEAT_S[remote]
     mine = describe_process()
     _acquire(where, mine, beat_s=beat_s, settle_s=_SETTLE_S[remote], sleep=sleep)
@@ -84,7 +85,7 @@ def only_one(
 
 def holder(folder: str | os.PathLike) -> dict[str, Any]:
     """Who left a beat in `folder`, dead or alive; empty where nobody did."""
-    return _read(Path(folder))
+    return _read(at(folder))
 
 
 def is_here(found: dict[str, Any]) -> bool:
@@ -104,7 +105,7 @@ def name_of(found: dict[str, Any]) -> str:
 
 
 def _acquire(
-    where: Path, mine: dict[str, Any], *, beat_s: float, settle_s: float, sleep: Callable[[float], None]
+    where: Place, mine: dict[str, Any], *, beat_s: float, settle_s: float, sleep: Callable[[float], None]
 ) -> None:
     found = _read(where)
     if not found and isinstance(where, Path):
@@ -140,7 +141,7 @@ def _create(where: Path, mine: dict[str, Any]) -> bool:
     return True
 
 
-def _moves(where: Path, found: dict[str, Any], beat_s: float, sleep: Callable[[float], None]) -> bool:
+def _moves(where: Place, found: dict[str, Any], beat_s: float, sleep: Callable[[float], None]) -> bool:
     """Whether a beat goes on, watched for as long as a living one can be silent."""
     for _ in range(2 * _MISSED_BEATS):
         sleep(beat_s / 2)
@@ -155,7 +156,7 @@ def _moves(where: Path, found: dict[str, Any], beat_s: float, sleep: Callable[[f
 class _Heart:
     """Renews the file from a thread; interrupts this process where another has taken the folder."""
 
-    def __init__(self, where: Path, mine: dict[str, Any], beat_s: float) -> None:
+    def __init__(self, where: Place, mine: dict[str, Any], beat_s: float) -> None:
         self._where, self._mine, self._beat_s = where, mine, beat_s
         self._since = _now()
         self._stop = threading.Event()
@@ -186,7 +187,7 @@ class _Heart:
                 continue  # storage that is away for a beat; the work itself will say if it stays away
 
 
-def _read(where: Path) -> dict[str, Any]:
+def _read(where: Place) -> dict[str, Any]:
     try:
         found = read_json(where / LOCK_FILE)
     except (OSError, OutputError):
@@ -194,7 +195,7 @@ def _read(where: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _write(where: Path, mine: dict[str, Any], *, since: str, beat: int) -> None:
+def _write(where: Place, mine: dict[str, Any], *, since: str, beat: int) -> None:
     write_json(where / LOCK_FILE, {**mine, "since": since, "beat": beat, "seen": round(time.time(), 1)})
 
 

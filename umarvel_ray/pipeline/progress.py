@@ -9,11 +9,11 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from umarvel_ray.artifacts import write_json
 from umarvel_ray.errors import UmarvelError
+from umarvel_ray.storage import at, is_remote
 
 PROGRESS_FILE = ".progress.json"
 logger = logging.getLogger(__name__)
@@ -98,10 +98,10 @@ class Recorder:
         job: str,
         publish: Callable[[dict[str, float]], None] = lambda figures: None,
     ) -> None:
-        self._where = Path(folder)
+        self._where = at(folder)
         self._job = job
         self._publish = publish
-        self._every_s = _EVERY_S["://" in os.fspath(folder)]
+        self._every_s = _EVERY_S[is_remote(folder)]
         self._started = time.time()
         self._due = 0.0
 

@@ -10,9 +10,12 @@ from rich.markup import escape
 from umarvel_ray import logs
 from umarvel_ray.artifacts import claim_folder, is_claimed, is_finished, read_json
 from umarvel_ray.config import load_config
+from umarvel_ray.errors import ConfigError
 from umarvel_ray.pipeline.check import RUN_FILE, require_sound, run_claim
 from umarvel_ray.pipeline.jobs import JOBS, perform, seconds_of
 from umarvel_ray.pipeline.lock import only_one
+from umarvel_ray.pipeline.only import EVERYTHING, Only
+from umarvel_ray.pipeline.parts import do_part
 from umarvel_ray.pipeline.settings import ReportConfig, RunConfig
 from umarvel_ray.pipeline.stages import Job, recipe
 from umarvel_ray.pipeline.versions import library_versions
@@ -38,8 +41,8 @@ def load_job(kind: str, config: Path, overrides: Sequence[str]) -> tuple[Any, Ru
     return schema.model_construct(**values), loaded.runtime
 
 
-def run_recipe(run: RunConfig, view: View) -> None:
-    """Do all jobs of a run; the finished ones are passed over.
+def run_recipe(run: RunConfig, view: View, only: Only = EVERYTHING) -> None:
+    """Do all jobs of a run, or a part of it; the finished ones are passed over.
 
     Settings and data are looked at before the first job starts, and before Ray does; see `check.find_faults`.
 
@@ -49,13 +52,17 @@ def run_recipe(run: RunConfig, view: View) -> None:
     """
     output = at(run.output)
     os.environ.setdefault(logs.RUN_VARIABLE, run.output)
-    jobs = recipe(run)
+    jobs = chosen_jobs(recipe(run), only)
     finished = sum(is_finished(job.config.output) for job in jobs)  # type: ignore[attr-defined]
     place = escape(str(output))
     view.line(f"[bold]{escape(run.title)}[/]: {len(jobs)} jobs, {finished} finished before, output {place}")
-    if not finished:
+    if not finished and only.job is None:
         require_sound(run, view)
     is_claimed(output, run_claim(run), claim=RUN_FILE)
+    if not only.is_everything:
+        [job] = jobs
+        do_part(job.kind, job.config, run.runtime, view, only)
+        return
     if finished < len(jobs):
         with only_one(output), connected(run.runtime, view.line):
             claim_folder(output, run_claim(run), claim=RUN_FILE)
@@ -63,6 +70,23 @@ def run_recipe(run: RunConfig, view: View) -> None:
     else:
         _perform_all(run, jobs, view)
     _print_end(jobs, view)
+
+
+def chosen_jobs(jobs: Sequence[Job], only: Only) -> Sequence[Job]:
+    """All jobs, or the one that is asked for.
+
+    Raises:
+        ConfigError: There is none of that name, or a part of a job is asked for and not of which.
+    """
+    if only.job is None:
+        if only.is_everything:
+            return jobs
+        raise ConfigError("only.shard and only.part are parts of one job. Name it by only.job=embed/NAME.")
+    if found := [job for job in jobs if job.name == only.job]:
+        return found
+    raise ConfigError(
+        f"only.job={only.job}: this run has no such job. There are: {', '.join(job.name for job in jobs)}."
+    )
 
 
 def _perform_all(run: RunConfig, jobs: Sequence[Job], view: View) -> None:

@@ -16,6 +16,7 @@ from umarvel_ray.pipeline.progress import PROGRESS_FILE, short_time
 from umarvel_ray.pipeline.settings import RunConfig
 from umarvel_ray.pipeline.stages import recipe
 from umarvel_ray.pipeline.view import View
+from umarvel_ray.storage import at
 
 State = Literal["finished", "running", "interrupted", "waiting"]
 _SILENT_S = 90.0
@@ -66,7 +67,7 @@ def status_of(output: str) -> RunStatus:
     Raises:
         OutputError: Neither a run nor a job is in the folder.
     """
-    where = Path(output)
+    where = at(output)
     found = holder(output)
     silent = max(0.0, time.time() - found["seen"]) if "seen" in found else None
     alive = silent is not None and silent < _SILENT_S and not is_dead_here(found)
@@ -84,7 +85,7 @@ def status_of(output: str) -> RunStatus:
 
 
 def _job(name: str, title: str, folder: str, *, alive: bool) -> JobStatus:
-    where = Path(folder)
+    where = at(folder)
     done = _read(where / DONE_FILE)
     if done:
         return JobStatus(name, title, "finished", done.get("seconds"), {}, done)

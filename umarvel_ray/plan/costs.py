@@ -6,10 +6,10 @@ of its vision tower, written out; nothing else in them counts at these sizes.
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from umarvel_ray.errors import CheckpointError
+from umarvel_ray.storage import at
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ def shape_of(backbone: str) -> ModelShape:
     Raises:
         CheckpointError: Neither the folder nor the name is known.
     """
-    config = Path(backbone) / "config.json"
-    if "://" not in backbone and config.exists():
-        return _read_shape(json.loads(config.read_text(encoding="utf-8")), name=Path(backbone).name)
+    config = at(backbone) / "config.json"
+    if not backbone.startswith("hf://") and config.exists():
+        return _read_shape(json.loads(config.read_text(encoding="utf-8")), name=at(backbone).name)
     for shape in _KNOWN:
         if shape.name.lower() in backbone.lower():
             return shape

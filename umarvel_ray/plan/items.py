@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from umarvel_ray.data.mbeir import TASKS, Mbeir, Task
@@ -18,6 +17,8 @@ from umarvel_ray.data.text_pairs import CaptionPairs, NliPairs
 from umarvel_ray.errors import UmarvelError
 from umarvel_ray.model.settings import ImageSettings
 from umarvel_ray.pipeline.settings import RunConfig
+from umarvel_ray.plan.costs import shape_of
+from umarvel_ray.storage import at, local_file
 
 TEMPLATE_TOKENS = 22
 """System prompt, role markers and `<emb>` around every record, by Qwen2-VL's tokenizer."""
@@ -104,7 +105,7 @@ class World:
 
 def world_of(run: RunConfig, *, image_tokens: float) -> World:
     """Read counts and lengths from a run's data; take M-BEIR's published ones where it is not here."""
-    if (Path(run.data.root) / "query").is_dir():
+    if (at(run.data.root) / "query").is_dir():
         return _Sampler(run).world()
     return published_world(image_tokens, names=run.data.tasks)
 
@@ -115,6 +116,8 @@ class _Sampler:
     def __init__(self, run: RunConfig) -> None:
         self._run = run
         self._count = token_counter(run.backbone)
+        shape = shape_of(run.backbone)
+        self._unit = shape.patch * shape.merge
         self._template = self._count(
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|im_end|>\n"
             "<|im_start|>assistant\n<|im_end|><|im_end|>"
@@ -185,7 +188,7 @@ class _Sampler:
             text = " ".join(filter(None, (getattr(item, "instruction", None), item.txt)))
             tokens += self._template + (self._count(text) if text else 0)
             if item.img_path:
-                pictures.append(picture_size(item.img_path, self._run.encoder.images))
+                pictures.append(picture_size(item.img_path, self._run.encoder.images, self._unit))
                 tokens += pictures[-1][0] + 2
         number = max(1, len(looked))
         return Items(
@@ -197,28 +200,29 @@ class _Sampler:
         )
 
 
-def picture_size(path: str, settings: ImageSettings | None = None) -> tuple[float, float]:
+def picture_size(
+    path: str, settings: ImageSettings | None = None, unit: int = 28
+) -> tuple[float, float]:
     """Tokens of an image and bytes of its file; the head of the file is read, no pixel is decoded."""
     from PIL import Image
 
     from umarvel_ray.model.images import resized_size
 
     try:
-        with Image.open(path) as image:
-            bounds = (settings or ImageSettings()).model_dump()
-            height, width = resized_size(image.height, image.width, **bounds)
-        return height * width / 28**2, Path(path).stat().st_size
+        bounds = (settings or ImageSettings()).model_dump()
+        with at(path).open("rb") as file, Image.open(file) as image:
+            height, width = resized_size(image.height, image.width, **bounds, unit=unit)
+        return height * width / unit**2, at(path).stat().st_size
     except (OSError, UmarvelError):
         return 0.0, 0.0  # `umarvel check` names it
 
 
 def token_counter(backbone: str) -> Callable[[str], int]:
     """Text → tokens, by the backbone's own tokenizer where it is here, else by its length."""
-    file = Path(backbone) / "tokenizer.json"
-    if "://" not in backbone and file.exists():
+    if not backbone.startswith("hf://") and (file := at(backbone) / "tokenizer.json").exists():
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(local_file(file)))
         return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
     return lambda text: max(1, round(len(text) / _CHARACTERS_PER_TOKEN))
 

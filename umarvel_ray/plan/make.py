@@ -1,8 +1,6 @@
 """From a run's settings to its plan: work, rates of earlier runs, times, and how they grow."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from umarvel_ray.artifacts import is_finished, read_json
@@ -17,6 +15,7 @@ from umarvel_ray.plan.items import World, world_of
 from umarvel_ray.plan.machines import Machine, machine_named
 from umarvel_ray.plan.rates import Rate, Sample, errors, fit_rates
 from umarvel_ray.plan.work import Crew, with_larger_pool, work_of
+from umarvel_ray.storage import at
 
 GROWTH = (10.0, 100.0)
 BILLION = 1e9
@@ -38,7 +37,7 @@ class Request:
     gpu: str | None = None
     share: float | None = None
     image_tokens: float = 117.0
-    rates_from: tuple[Path, ...] = ()
+    rates_from: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,16 +108,17 @@ def make_plan(run: RunConfig, request: Request) -> Plan:
     )
 
 
-def samples_of(output: Path) -> list[Sample]:
+def samples_of(output: str) -> list[Sample]:
     """Load and time of every job that an earlier run finished in one go.
 
     Raises:
         ConfigError: There is no run in the folder.
     """
-    if not (output / RUN_FILE).exists():
+    claimed = at(output) / RUN_FILE
+    if not claimed.exists():
         raise ConfigError(f"{output}: no {RUN_FILE}, so no run to learn from. Give the output of a run.")
-    claim: dict[str, Any] = read_json(output / RUN_FILE)
-    run = build_config({"title": "", **claim, "output": str(output)}, RunConfig, where=str(output / RUN_FILE))
+    claim: dict[str, Any] = read_json(claimed)
+    run = build_config({"title": "", **claim, "output": output}, RunConfig, where=str(claimed))
     try:
         world, shape = world_of(run, image_tokens=0), shape_of(run.backbone)
     except UmarvelError as error:
@@ -132,7 +132,7 @@ def samples_of(output: Path) -> list[Sample]:
         )
     found = []
     for job in recipe(run):
-        folder = Path(job.config.output)  # type: ignore[attr-defined]
+        folder = at(job.config.output)  # type: ignore[attr-defined]
         if not is_finished(folder):
             continue
         done = read_json(folder / "done.json")
@@ -186,8 +186,3 @@ def _grown(
         image_bytes=sum(pool.rows * pool.images * pool.image_bytes for pool in pools),
         bottleneck=f"{longest.work.job}: {longest.bottleneck}",
     )
-
-
-def finished_outputs(outputs: Sequence[Path]) -> tuple[Path, ...]:
-    """Those in which a run finished a job."""
-    return tuple(path for path in outputs if (path / RUN_FILE).exists() and any(path.glob("*/*/done.json")))

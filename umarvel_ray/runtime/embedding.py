@@ -121,8 +121,13 @@ def embed_stores(
     config: EmbedConfig,
     runtime: RuntimeSettings,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    *,
+    chosen: Callable[[int], bool] | None = None,
 ) -> Progress:
     """Embed what is missing of all stores, as one stream, and write their manifests.
+
+    With `chosen`, only shards whose number, counted through all plans, it answers with true; manifests, and
+    shards that take vectors from others, are left to who embeds the rest.
 
     Raises:
         DataError: A row is bad, or too many are.
@@ -130,6 +135,14 @@ def embed_stores(
     """
     progress = Progress(rows=sum(plan.num_rows for plan in plans))
     missing = [(plan, shards) for plan in plans if (shards := missing_shards(plan))]
+    if chosen is not None:
+        first = dict(zip((id(plan) for plan in plans), shard_numbers(plans), strict=True))
+        missing = [
+            (plan, [shard for shard in shards if chosen(first[id(plan)] + shard.index)])
+            for plan, shards in missing
+        ]
+        missing = [(plan, shards) for plan, shards in missing if shards]
+        progress.rows = sum(shard.num_rows for _, shards in missing for shard in shards)
     progress.rows_done = progress.rows - sum(shard.num_rows for _, shards in missing for shard in shards)
     progress.rows_found = progress.rows_done
     on_progress(progress)
@@ -157,6 +170,8 @@ def embed_stores(
         refuse_too_many_bad(config, progress.bad, progress.rows)
         on_progress(progress)
 
+    if chosen is not None:
+        return progress
     parts = [(task, copies[task.source.name]) for task in tasks if task.is_partial]
     for answer in run_tasks(parts, _join, runtime):
         progress.rows_done += answer["rows"]
@@ -165,6 +180,12 @@ def embed_stores(
     progress.bad = sum(store.num_bad for store in stores)
     refuse_too_many_bad(config, progress.bad, progress.rows)
     return progress
+
+
+def shard_numbers(plans: Sequence[StorePlan]) -> list[int]:
+    """Number of each store's first shard, counted through all of them."""
+    counts = [len(plan.shards) for plan in plans]
+    return [sum(counts[:index]) for index in range(len(counts))]
 
 
 def _join(part: tuple[ShardTask, np.ndarray]) -> dict[str, Any]:
