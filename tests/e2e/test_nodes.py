@@ -67,7 +67,7 @@ def busiest(nodes: Any, process_name: str) -> Any:
 def test_a_node_lost_during_each_kind_of_work_changes_nothing(tiny: TinyRun, finished, nodes):
     output = tiny.home / "nodes"
     log = output.with_suffix(".log")
-    # All but the jobs under test is done here: a training alone takes Ray half a minute to start on two cores.
+    # All but the jobs under test is done here: a training alone takes Ray half a minute on two cores.
     run_recipe(tiny.settings(output, ALL_CONTROLS), Lines())
     for _, job, _ in MOMENTS:
         shutil.rmtree(output / job)
