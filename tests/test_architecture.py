@@ -14,12 +14,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "umarvel_ray"
 
-BASE = {"errors", "config", "logs", "storage", "artifacts"}
+BASE = {"errors", "config", "logs", "cache", "storage", "artifacts"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "logs": set(),
     "config": {"errors"},
-    "storage": {"errors"},
+    "cache": set(),
+    "storage": {"errors", "cache"},
     "artifacts": {"errors", "storage"},
     "data": BASE,
     "evaluate": BASE | {"data"},
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room → rooms it may import, beside itself. A room is a folder or a lone module of the package."""
 
 HEAVY = {"torch", "transformers", "ray", "peft", "deepspeed", "faiss", "matplotlib"}
-NEVER_HEAVY = {"errors", "config", "logs", "storage", "artifacts", "data"}
+NEVER_HEAVY = {"errors", "config", "logs", "cache", "storage", "artifacts", "data"}
 """Rooms that do without the heavy libraries altogether, even inside functions."""
 
 

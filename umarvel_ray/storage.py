@@ -6,7 +6,7 @@ scheme (`az://`, `memory://`) through fsspec. Keys come from the environment or 
 endpoint that is not the cloud's own from `AWS_ENDPOINT_URL`.
 
 What must lie on a disk (memory-mapped shards and lines, checkpoints) is fetched once per machine by
-`local_file` and `local_folder`, into a cache that drops what was not used longest.
+`local_file` and `local_folder`; see `cache`, which also keeps pictures.
 """
 
 import fcntl
@@ -23,13 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from umarvel_ray.cache import cache_folder, kept_bytes, make_room
 from umarvel_ray.errors import StorageError
 
-CACHE_VARIABLE = "UMARVEL_CACHE"
-"""Environment: folder of what is fetched; `umarvel-ray` in the user's cache folder without it."""
-CACHE_GIB_VARIABLE = "UMARVEL_CACHE_GIB"
-"""Environment: its size limit."""
-_CACHE_GIB = 100
 _COPY_BYTES = 8 << 20
 
 
@@ -272,18 +268,21 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         return file.read()
 
 
+def picture_bytes(path: str | os.PathLike) -> bytes:
+    """As `read_bytes`, for files that do not change and are read again and again: fetched once per machine.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    return kept_bytes(os.fspath(path), lambda: read_bytes(path)) if is_remote(path) else read_bytes(path)
+
+
 def remove_tree(path: Place) -> None:
     """Remove a folder with all that is in it; nothing where there is none."""
     if isinstance(path, RemotePath):
         path.remove_tree()
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def cache_folder() -> Path:
-    """Where this machine keeps what can be made or fetched again."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.environ.get(CACHE_VARIABLE) or os.path.join(home, "umarvel-ray"))
 
 
 def local_file(path: str | os.PathLike) -> Path:
@@ -303,7 +302,7 @@ def local_file(path: str | os.PathLike) -> Path:
         return target
     with _locked(target.parent):
         if not target.is_file():
-            _make_room(status.st_size, keep=target.parent)
+            make_room(status.st_size, keep=target.parent)
             handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
             os.close(handle)
             try:
@@ -332,7 +331,7 @@ def local_folder(path: str | os.PathLike) -> Path:
         return target
     with _locked(target.parent):
         if not target.is_dir():
-            _make_room(sum(status.st_size for status in files.values()), keep=target.parent)
+            make_room(sum(status.st_size for status in files.values()), keep=target.parent)
             temporary = Path(tempfile.mkdtemp(dir=target.parent, suffix=".tmp"))
             try:
                 for name in files:
@@ -362,29 +361,6 @@ def _locked(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _make_room(num_bytes: int, *, keep: Path) -> None:
-    """Drop what was not used longest, until `num_bytes` more stay within the limit.
-
-    A file that someone has mapped goes on existing for them.
-    """
-    limit = float(os.environ.get(CACHE_GIB_VARIABLE) or _CACHE_GIB) * 2**30
-    entries = []
-    for folder in (cache_folder() / "objects").iterdir():
-        content = [path for path in folder.iterdir() if path.name != ".lock"]
-        if folder == keep or not content:
-            continue
-        size = sum(
-            path.stat().st_size for top in content for path in (top, *top.rglob("*")) if path.is_file()
-        )
-        entries.append((max(path.stat().st_mtime for path in content), size, folder))
-    held = sum(size for _, size, _ in entries)
-    for _, size, folder in sorted(entries):
-        if held + num_bytes <= limit:
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        held -= size
 
 
 class _Raw(io.RawIOBase):

@@ -22,7 +22,7 @@ from umarvel_ray.data.lines import JsonLines, RecordFault
 from umarvel_ray.data.records import MODALITIES, Candidate, Query, modality_of
 from umarvel_ray.data.trec import Qrels, read_qrels
 from umarvel_ray.errors import DataError
-from umarvel_ray.storage import Place, at, is_remote, join, read_bytes
+from umarvel_ray.storage import Place, at, is_remote, join, picture_bytes
 
 Domain = Literal["news", "fashion", "wiki", "common"]
 
@@ -221,7 +221,7 @@ def read_query(record: dict[str, Any], root: Place, line: int) -> "QueryRecord":
 @functools.lru_cache(maxsize=1 << 16)
 def _image_digest(path: str, size: int, mtime_ns: int) -> bytes:
     """Size and time are part of the key, so a picture that was replaced is read again."""
-    return hashlib.sha256(read_bytes(path)).digest()
+    return hashlib.sha256(picture_bytes(path)).digest()
 
 
 def content_key(record: Query | Candidate) -> bytes:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from umarvel_ray.errors import DataError
 from umarvel_ray.model.settings import ImageSettings
-from umarvel_ray.storage import is_remote, read_bytes
+from umarvel_ray.storage import is_remote, picture_bytes
 
 Grid: TypeAlias = tuple[int, int, int]
 """Frames (of a video, in pairs), height and width, in patches."""
@@ -66,7 +66,7 @@ def open_image(path: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             # What a palette says of transparency makes Pillow warn, not fail.
             warnings.simplefilter("ignore", UserWarning)
-            with Image.open(io.BytesIO(read_bytes(path)) if is_remote(path) else path) as image:
+            with Image.open(io.BytesIO(picture_bytes(path)) if is_remote(path) else path) as image:
                 if image.width * image.height > MAX_SOURCE_PIXELS:
                     raise DataError(
                         f"{path}: {image.width}×{image.height} pixels are more than {MAX_SOURCE_PIXELS:,}. "
