@@ -29,14 +29,14 @@ def test_the_file_is_there_for_the_length_of_the_block(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_living_process_of_this_machine_is_named_at_once(tmp_path):
-    with (
-        only_one(tmp_path),
-        pytest.raises(OutputError, match=rf"process {os.getpid()}\) works there, since"),
-        only_one(tmp_path, sleep=lambda s: pytest.fail("nothing to watch")),
-    ):
-        pass
-    assert not (tmp_path / LOCK_FILE).exists()
+def test_who_holds_a_run_holds_its_jobs(tmp_path):
+    job = tmp_path / "run" / "embed" / "hard"
+    with only_one(tmp_path / "run"):
+        with only_one(job), only_one(job):
+            assert not (job / LOCK_FILE).exists()
+        assert (tmp_path / "run" / LOCK_FILE).exists()
+    with only_one(job):
+        assert (job / LOCK_FILE).exists()
 
 
 def test_one_that_was_killed_is_followed_at_once(tmp_path):
@@ -46,8 +46,12 @@ def test_one_that_was_killed_is_followed_at_once(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"held\n"
-    with pytest.raises(OutputError, match=f"process {process.pid}"), only_one(tmp_path):
-        pass
+    for folder in (tmp_path, tmp_path / "embed" / "hard"):
+        with (
+            pytest.raises(OutputError, match=rf"process {process.pid}\) works there, since"),
+            only_one(folder, sleep=lambda s: pytest.fail("nothing to watch")),
+        ):
+            pass
     process.kill()  # not waited for: dead, though its parent has not looked
     deadline = time.monotonic() + 10
     while not is_dead_here(holder(tmp_path)):

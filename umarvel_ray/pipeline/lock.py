@@ -29,6 +29,11 @@ _MISSED_BEATS = 3
 _SETTLE_S = (0.5, 1.5)
 """What two that take a folder over together wait, to see whose name stands in the end."""
 
+_LEVELS = 2
+"""A job's folder is OUTPUT/KIND/NAME: who works in the run works in it."""
+_held: set[str] = set()
+"""Folders that this process holds."""
+
 
 def describe_process() -> dict[str, Any]:
     """Who works here: names to tell a person, and what tells this process from all others."""
@@ -54,7 +59,7 @@ def only_one(
     beat_s: float | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[None]:
-    """Hold `folder` for the length of a block.
+    """Hold `folder`, with the folders of its jobs, for the length of a block; nothing more inside such a block.
 
     Args:
         folder: An output folder.
@@ -65,10 +70,17 @@ def only_one(
         OutputError: Another process works there, or took the folder over while this one could not be heard.
     """
     where, remote = at(folder), is_remote(folder)
+    above = list(where.parents)[:_LEVELS]
+    if _held.intersection(map(str, (where, *above))):
+        yield
+        return
     beat_s = beat_s or _BEAT_S[remote]
+    for run in above:
+        _refuse_if_alive(run, _read(run), beat_s=beat_s, sleep=sleep)
     mine = describe_process()
     _acquire(where, mine, beat_s=beat_s, settle_s=_SETTLE_S[remote], sleep=sleep)
     heart = _Heart(where, mine, beat_s)
+    _held.add(str(where))
     try:
         with heart:
             yield
@@ -79,6 +91,7 @@ def only_one(
             ) from None
         raise
     finally:
+        _held.discard(str(where))
         if not heart.lost and _read(where).get("token") == mine["token"]:
             (where / LOCK_FILE).unlink(missing_ok=True)
 
@@ -112,18 +125,24 @@ def _acquire(
         if _create(where, mine):
             return
         found = _read(where)
-    # A process of this machine that lives need not be watched.
-    if found and not is_dead_here(found) and (is_here(found) or _moves(where, found, beat_s, sleep)):
-        raise OutputError(
-            f"{where}: {name_of(found)} works there, since {found.get('since')}. Wait for its end, follow it "
-            "by `umarvel status`, or give another output folder."
-        )
+    _refuse_if_alive(where, found, beat_s=beat_s, sleep=sleep)
     _write(where, mine, since=_now(), beat=0)
     sleep(settle_s)
     found = _read(where)
     if found.get("token") != mine["token"]:
         raise OutputError(
             f"{where}: {name_of(found)} started there at the same moment and goes on. Follow that one."
+        )
+
+
+def _refuse_if_alive(
+    where: Place, found: dict[str, Any], *, beat_s: float, sleep: Callable[[float], None]
+) -> None:
+    # A process of this machine that lives need not be watched.
+    if found and not is_dead_here(found) and (is_here(found) or _moves(where, found, beat_s, sleep)):
+        raise OutputError(
+            f"{where}: {name_of(found)} works there, since {found.get('since')}. Wait for its end, follow it "
+            "by `umarvel status`, or give another output folder."
         )
 
 

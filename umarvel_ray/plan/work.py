@@ -15,6 +15,8 @@ from umarvel_ray.train.settings import CaptionData, NliData, StageConfig
 RERANK_PROMPT_TOKENS = 70
 """Template and task of the reranker before the query, by Qwen2-VL's tokenizer."""
 _ANSWER_TOKENS = 5
+_SLICE_ROWS = 65_536
+"""Fewer candidates are not searched apart."""
 _STATE_BYTES = 16
 """Per trained weight: float32 weight, gradient, and AdamW's two."""
 ACTIVATION_BYTES = 4.8e6
@@ -231,7 +233,9 @@ class _Reckoner:
                 for scope in request.scopes:
                     pool = sizes[scope]
                     products += 2 * rows * pool * shape.hidden
-                    blocks += task_blocks
+                    # A pool is sliced where there are more actors than blocks of queries.
+                    slices = min(crew.actors // task_blocks, int(pool // _SLICE_ROWS))
+                    blocks += task_blocks * max(1, slices)
                     queries += rows
                     hits += rows * min(request.depth, pool)
                     # A node's memory keeps what it read; a device gets every candidate anew for each block.
@@ -251,7 +255,7 @@ class _Reckoner:
             fed_bytes=fed,
             parts=blocks,
             chunk_bytes=config.query_block_rows * shape.hidden * 4 + 65_536 * width,
-            note=f"{blocks:,} blocks of queries; the largest pool is {human_bytes(held)}",
+            note=f"{blocks:,} cells of queries and candidates; the largest pool is {human_bytes(held)}",
         )
 
     def _rerank(self, job: Job, config: RerankConfig) -> Work:
