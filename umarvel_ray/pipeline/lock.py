@@ -59,7 +59,7 @@ def only_one(
     beat_s: float | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[None]:
-    """Hold `folder`, with the folders of its jobs, for the length of a block; nothing more inside such a block.
+    """Hold `folder` and the folders of its jobs for the length of a block; nothing more inside such a block.
 
     Args:
         folder: An output folder.
