@@ -101,6 +101,7 @@ def test_a_job_script_runs_on_a_running_cluster(tiny: TinyRun, tmp_path, cluster
         records = [source[row] for row in range(len(source))]
         ids = [getattr(record, "qid", None) or record.did for record in records]  # type: ignore[union-attr]
         vectors = rng.standard_normal((len(ids), 8)).astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         write_shard(folder, plan[0], ids, vectors, dtype="float32", fingerprint="f")
         finish_store(folder, plan, fingerprint="f", settings={})
     config = tmp_path / "search.yaml"
