@@ -1,4 +1,4 @@
-"""A plan beside a run that was done: the same records, about the same tokens, a rate for every kind of job."""
+"""A plan beside a run that was done: the same records, about the same tokens, a rate for each kind of job."""
 
 from pathlib import Path
 

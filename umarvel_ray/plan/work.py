@@ -137,7 +137,7 @@ class _Reckoner:
         reranks = config.model == "reranker"
         if reranks:
             pairs = 1 + min(config.pairs.negatives_per_positive, others)
-            forward, tokens, pictures = self._tree(query, candidate, pairs, distinct=1.0)
+            forward, tokens, pictures = self._tree(query, candidate, pairs)
         else:
             forward = shape.decode(query.tokens) + (1 + others) * shape.decode(candidate.tokens)
             tokens = query.tokens + (1 + others) * candidate.tokens
@@ -270,7 +270,7 @@ class _Reckoner:
                     of = [self._world.pools[request.split, task]] if scope == "local" else pools
                     candidate = joined(of)
                     depth = min(request.depth, candidate.rows)
-                    forward, _, pictures = self._tree(query, candidate, depth, distinct=depth)
+                    forward, _, pictures = self._tree(query, candidate, depth)
                     seeing = sum(n * self._shape.see(item.image_tokens) for item, n in pictures)
                     flops += rows * (forward + seeing)
                     pairs += rows * depth
@@ -295,13 +295,13 @@ class _Reckoner:
         )
 
     def _tree(
-        self, query: Items, candidate: Items, pairs: float, *, distinct: float
+        self, query: Items, candidate: Items, pairs: float
     ) -> tuple[float, float, Sequence[tuple[Items, float]]]:
         """A query with its candidates as one tree: FLOP of a forward pass, tokens, images to see."""
         prefix = RERANK_PROMPT_TOKENS + query.own_tokens
         leaf = candidate.own_tokens + _ANSWER_TOKENS
         forward = self._shape.decode(prefix) + pairs * self._shape.decode(leaf, seen=prefix + leaf)
-        pictures = [(query, query.images), (candidate, max(distinct, pairs) * candidate.images)]
+        pictures = [(query, query.images), (candidate, pairs * candidate.images)]
         return forward, prefix + pairs * leaf, pictures
 
     def _queries(self, split: str) -> dict[str, float]:
