@@ -218,7 +218,7 @@ class RemotePath(os.PathLike):
             )
         prefix = f"{self._key}/"
         return {
-            info.path.removeprefix(prefix): FileStatus(info.size or 0, info.mtime_ns or 0)
+            info.path.lstrip("/").removeprefix(prefix): FileStatus(info.size or 0, info.mtime_ns or 0)
             for info in sorted(found, key=lambda info: info.path)
             if info.type.name == "File" and info.base_name
         }
