@@ -200,9 +200,7 @@ class _Sampler:
         )
 
 
-def picture_size(
-    path: str, settings: ImageSettings | None = None, unit: int = 28
-) -> tuple[float, float]:
+def picture_size(path: str, settings: ImageSettings | None = None, unit: int = 28) -> tuple[float, float]:
     """Tokens of an image and bytes of its file; the head of the file is read, no pixel is decoded."""
     from PIL import Image
 
