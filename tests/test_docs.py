@@ -81,7 +81,7 @@ def test_yaml_blocks_parse(page):
 
 
 def test_the_minimal_run_is_a_run():
-    (text,) = blocks(ROOT / "docs" / "running.md", "yaml")
+    text, *_ = blocks(ROOT / "docs" / "running.md", "yaml")
     assert build_config(yaml.safe_load(text), RunConfig, base=ROOT).seed == 0
 
 

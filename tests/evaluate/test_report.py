@@ -98,6 +98,8 @@ def inputs(tmp_path_factory) -> ReportInputs:
         "counts": {"queries": 10, "dropped": {"above_threshold": 1234}},
     }
     write_json(folder / "mining.json", mining)
+    curve = [[0.0, 0.22], [0.5, 0.4125], [1.0, 0.37]]
+    write_json(folder / "alpha.json", {"alpha": 0.5, "curve": curve, "tasks": {}})
     return ReportInputs.model_validate(
         {
             "title": f"Tiny {EVIL}",
@@ -117,6 +119,7 @@ def inputs(tmp_path_factory) -> ReportInputs:
             ],
             "training": [{"title": "First", "metrics": f"{folder}/metrics.jsonl"}],
             "mining": [{"title": "Mined", "report": f"{folder}/mining.json"}],
+            "fusion": [{"title": "re-ranked", "alpha": f"{folder}/alpha.json"}],
             "data": f"{folder}/world",
             "facts": {"seed": 7, "machine": EVIL, "wall time": {"train": "2 s"}},
             "published": True,
@@ -182,6 +185,7 @@ def test_the_page_tells_the_story(inputs, tmp_path):
     assert "picture unreadable" in text and "1 picture could not be read" in text
     assert re.search(r"loss 4\.9\d → 3\.0\d · 200 steps", text)
     assert "filter 0.5" in text and "1,234" in text
+    assert "alpha 0.5: 0.4125 · P(Yes) alone: 0.2200 · recall alone: 0.3700" in text
     assert (
         "63.2" not in text and "84.4" in text
     )  # published tasks, but no mean over other tasks than measured
@@ -210,7 +214,7 @@ def test_markdown_and_json_carry_the_table(inputs, tmp_path):
 
 def test_a_report_needs_no_more_than_results(inputs, tmp_path):
     bare = inputs.model_copy(
-        update={"training": (), "mining": (), "data": None, "facts": {}, "published": False}
+        update={"training": (), "mining": (), "fusion": (), "data": None, "facts": {}, "published": False}
     )
     assert build_report(bare, tmp_path)["examples"] == []
     text = Page((tmp_path / "report.html").read_text()).text

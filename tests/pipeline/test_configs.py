@@ -19,7 +19,7 @@ PRODUCTS = {
     "embed": ("",),
     "search": ("", "test"),
     "mine": ("negatives.arrow", "mining_report.json"),
-    "rerank": ("", "test", "teacher.arrow"),
+    "rerank": ("", "test", "teacher.arrow", "alpha.json"),
     "evaluate": ("results.json",),
     "report": (),
 }

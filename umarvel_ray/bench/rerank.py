@@ -309,5 +309,6 @@ BENCHMARK = Benchmark(
     },
     cases=_cases(),
     quick=("small",),
+    repeats=1,
     compare=_compare,
 )

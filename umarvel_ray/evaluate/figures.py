@@ -16,7 +16,14 @@ MAX_BINS = 90
 """A longer curve is drawn as the mean and the range of this many pieces."""
 
 
-def curve(steps: Sequence[float], values: Sequence[float], *, label: str, height: int = HEIGHT) -> str:
+def curve(
+    steps: Sequence[float],
+    values: Sequence[float],
+    *,
+    label: str,
+    height: int = HEIGHT,
+    x_label: str = "step",
+) -> str:
     """One quantity over steps: a line for the mean, a band for the range of each piece of the curve.
 
     Args:
@@ -24,6 +31,7 @@ def curve(steps: Sequence[float], values: Sequence[float], *, label: str, height
         values: As many, finite.
         label: What is drawn, for those who hear the page.
         height: In the units of the drawing.
+        x_label: What is stepped over.
     """
     steps_N, values_N = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
     pieces = np.array_split(np.arange(len(steps_N)), min(MAX_BINS, len(steps_N)))
@@ -39,7 +47,7 @@ def curve(steps: Sequence[float], values: Sequence[float], *, label: str, height
         _scale(low_B, y_range, height - BOTTOM, TOP),
         _scale(high_B, y_range, height - BOTTOM, TOP),
     )
-    parts = _axes(x_range, y_range, height=height, x_label="step")
+    parts = _axes(x_range, y_range, height=height, x_label=x_label)
     if len(steps_N) > MAX_BINS:
         band = _points(x_B, high_B) + " " + _points(x_B[::-1], low_B[::-1])
         parts.append(f'<polygon class="band" points="{band}"/>')

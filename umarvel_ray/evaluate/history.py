@@ -29,6 +29,14 @@ class MiningInput(Config):
     """Its JSON report: `histograms` of `positives`, `kept` and `dropped` over `bin_edges`, and `counts`."""
 
 
+class FusionInput(Config):
+    """A scoring job whose alpha was tuned, to draw."""
+
+    title: str
+    alpha: PathSetting
+    """Its alpha.json: `alpha`, and `curve`, pairs of alpha and quality on validation data."""
+
+
 @dataclass(frozen=True)
 class Curves:
     """One training: its plots, and its story in numbers."""
@@ -48,6 +56,45 @@ class Mining:
     rule: str
     plot: str | None
     counts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much hangs on alpha: the plot, and the same in words."""
+
+    title: str
+    summary: str
+    plot: str
+
+
+def draw_fusion(fusion: FusionInput) -> Sensitivity:
+    """Read one scoring job's curve.
+
+    Raises:
+        DataError: It cannot be read, or alpha was not tuned there.
+    """
+    found = read_object(fusion.alpha)
+    points = [(float(alpha), float(quality)) for alpha, quality in found.get("curve", [])]
+    if not points:
+        raise DataError(f"{fusion.alpha}: alpha was not tuned there. Leave it out of the report.")
+    quality_of = dict(points)
+    best = found["alpha"]
+    words = [
+        f"alpha {short_number(best)}: {quality_of[best]:.4f}",
+        f"P(Yes) alone: {quality_of[min(quality_of)]:.4f}",
+        f"recall alone: {quality_of[max(quality_of)]:.4f}",
+    ]
+    alphas, qualities = zip(*points, strict=True)
+    return Sensitivity(
+        title=fusion.title,
+        summary=" · ".join(words),
+        plot=curve(
+            alphas,
+            qualities,
+            label=f"Mean reciprocal rank on validation data over alpha, {fusion.title}",
+            x_label="alpha",
+        ),
+    )
 
 
 def draw_training(training: TrainingInput) -> Curves:

@@ -22,9 +22,12 @@ from umarvel_ray.evaluate.benchmark import PoolKind, ResultsTable, results_table
 from umarvel_ray.evaluate.changes import Cell, mean_cells, row_cells, signed
 from umarvel_ray.evaluate.examples import Album, TaskExamples, task_examples
 from umarvel_ray.evaluate.history import (
+    FusionInput,
     Mining,
     MiningInput,
+    Sensitivity,
     TrainingInput,
+    draw_fusion,
     draw_mining,
     draw_training,
     fact_groups,
@@ -59,6 +62,8 @@ class ReportInputs(Config):
     stages: tuple[StageInput, ...] = Field(min_length=1)
     training: tuple[TrainingInput, ...] = ()
     mining: tuple[MiningInput, ...] = ()
+    fusion: tuple[FusionInput, ...] = ()
+    """Scoring jobs whose alpha was tuned."""
     data: PathSetting | None = None
     """Root of the M-BEIR data that was searched; without it no examples are shown."""
     split: Literal["val", "test"] = "test"
@@ -112,6 +117,7 @@ def build_report(inputs: ReportInputs, output: Path) -> dict[str, Any]:
     ]
     curves = [draw_training(training) for training in inputs.training]
     minings = [draw_mining(mining) for mining in inputs.mining]
+    fusions = [draw_fusion(fusion) for fusion in inputs.fusion]
     album = Album()
     examples = _examples(inputs, documents, table, first, last, album)
     headline = _headline(table, first, last)
@@ -147,6 +153,7 @@ def build_report(inputs: ReportInputs, output: Path) -> dict[str, Any]:
         "flags": flags,
         "training": [{"title": item.title, "steps": item.steps, "summary": item.summary} for item in curves],
         "mining": [{"title": item.title, "rule": item.rule, "counts": dict(item.counts)} for item in minings],
+        "fusion": [{"title": item.title, "summary": item.summary} for item in fusions],
         "compared": {"before": inputs.stages[first].name, "after": inputs.stages[last].name},
         "examples": [_example_record(task) for task in examples],
         "unreadable_pictures": album.unreadable,
@@ -164,6 +171,7 @@ def build_report(inputs: ReportInputs, output: Path) -> dict[str, Any]:
         flags=flags,
         curves=curves,
         minings=minings,
+        fusions=fusions,
         examples=examples,
         before=inputs.stages[first].title,
         after=inputs.stages[last].title,
@@ -174,7 +182,7 @@ def build_report(inputs: ReportInputs, output: Path) -> dict[str, Any]:
     output = Path(output)
     write_json(output / "report.json", summary)
     with atomic_write(output / "report.md") as file:
-        file.write(_markdown(inputs, table, headline, baselines, minings, flags))
+        file.write(_markdown(inputs, table, headline, baselines, minings, fusions, flags))
     with atomic_write(output / "report.html") as file:
         file.write(page)
     return summary
@@ -324,6 +332,7 @@ def _markdown(
     headline: str,
     baselines: Sequence[int],
     minings: Sequence[Mining],
+    fusions: Sequence[Sensitivity],
     flags: Sequence[str],
 ) -> str:
     lines = [f"# {_cell(inputs.title)}", "", _cell(headline), ""]
@@ -352,6 +361,8 @@ def _markdown(
         lines += [f"## {_cell(mining.title)}", ""]
         lines += [f"Filter: {_cell(mining.rule)}.", ""] if mining.rule else []
         lines += [f"- {_cell(name)}: {_cell(value)}" for name, value in mining.counts] + [""]
+    for fusion in fusions:
+        lines += [f"## Weight of the recall, {_cell(fusion.title)}", "", f"{_cell(fusion.summary)}.", ""]
     for title, facts in fact_groups(inputs.facts):
         lines += [
             f"## {_cell(title)}",

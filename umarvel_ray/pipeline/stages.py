@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from umarvel_ray.config import Config
-from umarvel_ray.evaluate.report import MiningInput, StageInput, TrainingInput
+from umarvel_ray.evaluate.report import FusionInput, MiningInput, StageInput, TrainingInput
 from umarvel_ray.pipeline.settings import (
     EvaluateConfig,
     MineConfig,
@@ -151,6 +151,7 @@ class _Plan:
         self._columns: list[StageInput] = []
         self._curves: list[TrainingInput] = []
         self._mining: list[MiningInput] = []
+        self._fusion: list[FusionInput] = []
 
     def _folder(self, kind: str, name: str) -> str:
         return str(at(self._run.output) / kind / name)
@@ -289,7 +290,10 @@ class _Plan:
             max_tokens=how.max_tokens,
             compute_dtype=self._run.dtype,
         )
-        self._add("rerank", name, f"re-rank: {name.replace('_', ' ')}", config)
+        title = name.replace("_", " ")
+        self._add("rerank", name, f"re-rank: {title}", config)
+        if config.tunes:
+            self._fusion.append(FusionInput(title=title, alpha=f"{folder}/alpha.json"))
         return folder
 
     def evaluate(self, name: str, title: str, checkpoint: str, runs: str) -> None:
@@ -334,6 +338,7 @@ class _Plan:
             stages=tuple(self._columns),
             training=tuple(self._curves),
             mining=tuple(self._mining),
+            fusion=tuple(self._fusion),
             before=names[0],
             after="distil" if "distil" in names else names[-1],
         )
