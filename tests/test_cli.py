@@ -22,7 +22,7 @@ from umarvel_ray.retrieve.store import finish_store, plan_shards, write_shard
 
 ROOT = Path(__file__).parents[1]
 JOBS = ("train", "embed", "search", "mine", "rerank", "evaluate", "report")
-COMMANDS = ("run", "check", "demo", *JOBS)
+COMMANDS = ("run", "check", "demo", "negatives", *JOBS)
 
 
 def umarvel(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:

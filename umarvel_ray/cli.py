@@ -43,11 +43,49 @@ def _job_command(kind: str, help_text: str) -> None:
 _job_command("train", "One training stage: data and a checkpoint → the next checkpoint.")
 _job_command("embed", "Query sets and pools → embedding stores.")
 _job_command("search", "Embedding stores → exact top-k runs, local and global.")
-_job_command(
-    "mine", "Runs of the training queries → filtered hard negatives, with counts of all that was dropped."
-)
 _job_command("evaluate", "Runs and qrels → results.json and a table.")
 _job_command("report", "Results, curves and mined negatives → report.html.")
+
+
+@app.command()
+def mine(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Mine nothing; show what each filter would drop and keep.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Runs of the training queries → filtered hard negatives, with counts of all that was dropped."""
+    if not explain:
+        run_job("mine", config, overrides or [], dry_run=dry_run)
+        return
+    from umarvel_ray.pipeline.mining import explain as explain_filters
+    from umarvel_ray.pipeline.run import load_job
+
+    settings, _ = load_job("mine", config, overrides or [])
+    view = _view()
+    view.line(f"filters explained: {explain_filters(settings, view)}")
+
+
+@app.command()
+def negatives(
+    source: Annotated[Path, typer.Argument(help="What is read.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="What is written.", show_default=False)],
+    read: Annotated[str, typer.Option("--from", help="arrow, mbeir, n-tuple, triplet or trec.")] = "arrow",
+    write: Annotated[str, typer.Option("--to", help="The same.")] = "mbeir",
+    queries: Annotated[Path | None, typer.Option(help="Query file whose neg_cand_list is filled.")] = None,
+    qrels: Annotated[Path | None, typer.Option(help="Judgements, for tuples.")] = None,
+    root: Annotated[Path | None, typer.Option(help="M-BEIR's: tuples of texts instead of ids.")] = None,
+) -> None:
+    """Mined negatives from or to M-BEIR's query files, Sentence Transformers' tuples, TREC runs."""
+    from umarvel_ray.pipeline.mining import convert_negatives
+
+    done = convert_negatives(source, target, read=read, write=write, queries=queries, qrels=qrels, root=root)
+    _view().line(
+        f"{target}: {done['negatives']:,} negatives of {done['queries']:,} queries; "
+        f"{done['without']:,} queries without"
+    )
 
 
 @app.command()

@@ -6,14 +6,10 @@ import pytest
 from umarvel_ray.config import build_config
 from umarvel_ray.data.trec import Run
 from umarvel_ray.errors import ConfigError, DataError
-from umarvel_ray.retrieve.mine import (
-    MinedNegatives,
-    MiningConfig,
-    MiningReport,
-    best_positive_scores,
-    mine_negatives,
-)
+from umarvel_ray.retrieve.mine import MiningReport, best_positive_scores, mine_negatives
+from umarvel_ray.retrieve.negatives import MinedNegatives
 from umarvel_ray.retrieve.search import top_k
+from umarvel_ray.retrieve.settings import MiningConfig
 from umarvel_ray.retrieve.store import (
     EmbeddingPool,
     EmbeddingStore,
@@ -187,12 +183,52 @@ def test_histograms_and_tasks_add_up():
     whole = MiningReport.join(config, reports).as_json()
     assert whole["by_task"]["t1"]["negatives_random"] == 0 and whole["by_task"]["t2"]["negatives_random"] == 2
     assert whole["counts"]["hits"] == 14 and whole["counts"]["queries"] == 2
+    assert whole["counts"]["queries_listed_positive"] == whole["counts"]["queries_copy_of_positive"] == 2
     histograms = whole["histograms"]
+    assert [sum(by_name["dropped"]) for by_name in whole["histograms_by_task"].values()] == [2, 2]
     edges = np.array(histograms["bin_edges"])
     assert np.allclose(histograms["positives"], 2 * np.histogram([0.91], edges)[0])
     assert np.allclose(histograms["kept"], np.histogram(np.float32([0.8, 0.5]), edges)[0])
     assert sum(histograms["dropped"]) == whole["counts"]["hits_filtered"] == 4
     assert whole["threshold"] == 0.87 and whole["rule"] == {"name": "max_score", "value": 0.87}
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("random", {"free"}),
+        ({"rule": "skip_top", "value": 2}, {"x3", "x4"}),
+        ({"rule": "none"}, {"x1", "x2"}),
+        ({"num_negatives": 1}, {"x2"}),
+        ({"depth": 4}, {"x2"}),
+        ({"pick": "sample", "window": 2, "num_negatives": 2}, {"x2", "x3"}),
+    ],
+)
+def test_a_task_may_have_a_policy_of_its_own(policy, expected):
+    config = MiningConfig.model_validate(
+        {"rule": "max_score", "value": 0.9, "num_negatives": 2, "by_task": {"t2": policy}}
+    )
+    for task, wanted in (("t1", {"x2", "x3"}), ("t2", expected)):
+        mined, report = mine_negatives(
+            run_of({"a": HITS}), POSITIVES, {"a": 0.9}, CONTENT, config, seed=0, task=task, pool_dids=["free"]
+        )
+        assert {did for did, _ in mined.as_dict()["a"]} == wanted
+        assert report.as_json()["settings"]["by_task"].keys() == {"t2"}
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"rule": "max_score"}, "by_task.t: .*value 3.0 is above 1"),
+        ({"depth": 1}, "by_task.t: .*no query could get enough"),
+        ({"window": 1}, "by_task.t: .*Widen the window"),
+        ({"rules": "none"}, "unknown setting"),
+    ],
+)
+def test_nonsense_policies_are_refused(policy, message):
+    settings = {"rule": "skip_top", "value": 3, "num_negatives": 2, "by_task": {"t": policy}}
+    with pytest.raises(ConfigError, match=message):
+        build_config(settings, MiningConfig)
 
 
 def test_what_is_written_is_read_as_a_run_too(tmp_path):

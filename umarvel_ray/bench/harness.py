@@ -87,7 +87,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One method on one case over all rounds. Ratios are its time over ours: above 1, ours is faster."""
+    """One method on one case over all rounds. Ratios: its time for a unit over ours, above 1 ours is faster."""
 
     case: str
     method: str
@@ -173,7 +173,10 @@ def _run_case(
 
 
 def _summarise(case: str, method: str, own: list[Timing], ours: list[Timing], equality: str) -> Comparison:
-    ratios = [theirs.seconds / base.seconds for theirs, base in zip(own, ours, strict=True)]
+    ratios = [
+        (theirs.seconds / theirs.work) / (base.seconds / base.work)
+        for theirs, base in zip(own, ours, strict=True)
+    ]
     return Comparison(
         case=case,
         method=method,

@@ -26,9 +26,10 @@ from umarvel_ray.artifacts import (
 from umarvel_ray.config import Config
 from umarvel_ray.data.mbeir import Mbeir
 from umarvel_ray.data.sources import chosen_tasks, local_pool_source, pool_sources, query_source
-from umarvel_ray.data.trec import Qrels, Run
+from umarvel_ray.data.trec import Run
 from umarvel_ray.errors import UmarvelError
 from umarvel_ray.pipeline.lock import only_one
+from umarvel_ray.pipeline.mining import MiningInputs
 from umarvel_ray.pipeline.progress import Recorder
 from umarvel_ray.pipeline.settings import EvaluateConfig, MineConfig, ReportConfig
 from umarvel_ray.pipeline.view import View, short_time
@@ -159,27 +160,8 @@ def mine(config: MineConfig, runtime: RuntimeSettings, view: View) -> Summary:
     """Runs of the training queries → hard negatives by qid, with counts of all that was dropped."""
     from umarvel_ray.retrieve.mine import mine_run
 
-    mbeir = Mbeir(config.root)
-    tasks = chosen_tasks(mbeir, "train", config.tasks)
-    qrels: Qrels = {}
-    for dataset in mbeir.training_datasets():
-        qrels |= mbeir.training_qrels(dataset)
-    everything = pool_sources(mbeir, "train", tasks)
-    parts = [
-        (
-            task.name,
-            Run.read(run_path(config.search, "train", task.name, config.scope)),
-            at(config.embeddings) / query_source(mbeir, task, "train").name,
-            [
-                at(config.embeddings) / source.name
-                for source in (
-                    everything if config.scope == "global" else [local_pool_source(mbeir, task, "train")]
-                )
-            ],
-        )
-        for task in tasks
-    ]
-    mined, report = mine_run(parts, qrels, mbeir.global_pool("train"), config.mining, seed=config.seed)
+    inputs = MiningInputs.of(config)
+    mined, report = mine_run(inputs.parts, inputs.qrels, inputs.pool, config.mining, seed=config.seed)
     mined.write(at(config.output) / "negatives.arrow")
     write_json(at(config.output) / "mining_report.json", report)
     counts = report["counts"]

@@ -8,8 +8,7 @@ from umarvel_ray.config import Config, PathSetting
 from umarvel_ray.data.sources import InstructionChoice
 from umarvel_ray.evaluate.report import ReportInputs
 from umarvel_ray.model.settings import DtypeName, EncoderSettings, RerankerSettings
-from umarvel_ray.retrieve.mine import MiningConfig
-from umarvel_ray.retrieve.settings import FusionSettings, Scope, Split
+from umarvel_ray.retrieve.settings import FusionSettings, MiningConfig, Scope, Split
 from umarvel_ray.runtime.cluster import RuntimeSettings
 from umarvel_ray.train.settings import ContrastiveSettings, RerankerTrainSettings, TrainSettings
 

@@ -14,9 +14,9 @@ from umarvel_ray.pipeline.settings import (
     RunConfig,
     TrainedStage,
 )
-from umarvel_ray.retrieve.mine import MiningConfig
 from umarvel_ray.retrieve.settings import (
     EmbedConfig,
+    MiningConfig,
     RerankConfig,
     RerankRequest,
     SearchConfig,

@@ -1,9 +1,9 @@
 """What is embedded, searched, mined and re-scored. Importing this loads no torch."""
 
 import os
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from umarvel_ray.config import Config, PathSetting
 from umarvel_ray.data.sources import InstructionChoice
@@ -13,6 +13,8 @@ from umarvel_ray.storage import Place, at
 
 Split = Literal["train", "val", "test"]
 Scope = Literal["local", "global"]
+Rule = Literal["none", "max_score", "margin", "relative", "skip_top"]
+Pick = Literal["top", "sample", "random"]
 
 
 def run_path(folder: str | os.PathLike, split: str, task: str, scope: str) -> Place:
@@ -215,3 +217,85 @@ class RerankConfig(FusionSettings):
             if self.tunes and one.split == "val" and one.qrels is None:
                 raise ValueError(f"lists.{one.name}: alpha is tuned on it, so it needs qrels")
         return self
+
+
+class TaskPolicy(Config):
+    """What `MiningConfig` says, otherwise for one task; what is not given stays. A word is its `pick`."""
+
+    rule: Rule | None = None
+    value: NonNegativeFloat | None = None
+    depth: PositiveInt | None = None
+    num_negatives: PositiveInt | None = None
+    pick: Pick | None = None
+    window: PositiveInt | None = None
+    short: Literal["fewer", "random"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_word(cls, value: Any) -> Any:
+        return {"pick": value} if isinstance(value, str) else value
+
+
+class MiningConfig(Config):
+    """How a run becomes hard negatives."""
+
+    rule: Rule
+    """Which hits are taken for false negatives and dropped. `max_score`: cosine above `value`. `margin`: less
+    than `value` below the best positive's cosine. `relative`: above `value` times the best positive's.
+    `skip_top`: the first `value` hits, positives not counted. `none`: none."""
+    value: NonNegativeFloat | None = None
+    """The rule's number: a cosine, a share, or a count of ranks. The paper does not publish its own."""
+    depth: PositiveInt = 100
+    """Hits looked at per query, best first."""
+    num_negatives: PositiveInt = 5
+    """Hard negatives kept per query."""
+    pick: Pick = "top"
+    """Of the hits that are left: the first; a seeded draw among the first `window`; or any of the pool."""
+    window: PositiveInt | None = None
+    """For `sample`: how many hits to draw from; all that are left by default."""
+    short: Literal["fewer", "random"] = "fewer"
+    """A query with too few hits left gets fewer, or is filled up from the pool by a seeded draw."""
+    by_task: dict[str, TaskPolicy] = Field(default_factory=dict)
+    """What is otherwise for single tasks: a `pick`, or any of the settings above."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.depth < self.num_negatives:
+            raise ValueError(
+                f"depth is {self.depth} but num_negatives is {self.num_negatives}: no query could get "
+                "enough. Raise depth or ask for fewer negatives."
+            )
+        if (self.rule == "none") != (self.value is None):
+            raise ValueError(
+                f"rule {self.rule!r} takes no value. Remove value."
+                if self.rule == "none"
+                else f"rule {self.rule!r} needs its number. Give value."
+            )
+        if self.rule in ("max_score", "relative") and self.value is not None and self.value > 1:
+            raise ValueError(
+                f"rule {self.rule!r} compares cosines: value {self.value} is above 1. Give at most 1."
+            )
+        if self.rule == "skip_top" and self.value != int(self.value or 0):
+            raise ValueError(f"rule 'skip_top' counts ranks: value {self.value} is no whole number.")
+        if self.window is not None and self.window < self.num_negatives:
+            raise ValueError(
+                f"window is {self.window} but num_negatives is {self.num_negatives}: no draw could be "
+                "enough. Widen the window."
+            )
+        for task in self.by_task:
+            self.for_task(task)
+        return self
+
+    def for_task(self, task: str) -> "MiningConfig":
+        """The settings of one task, nothing left by task.
+
+        Raises:
+            ValueError: Together they are nonsense.
+        """
+        changes = self.by_task.get(task, TaskPolicy()).model_dump(exclude_none=True)
+        if changes.get("rule") == "none":
+            changes.setdefault("value", None)
+        try:
+            return MiningConfig.model_validate({**self.model_dump(), "by_task": {}, **changes})
+        except ValidationError as error:
+            raise ValueError(f"by_task.{task}: {error.errors()[0]['msg']}") from None
