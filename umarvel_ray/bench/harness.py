@@ -87,7 +87,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One method on one case over all rounds. Ratios: its time for a unit over ours, above 1 ours is faster."""
+    """One method on one case over all rounds. Ratios: its time for a unit over ours."""
 
     case: str
     method: str
