@@ -107,3 +107,20 @@ def test_the_one_gpu_run_differs_in_hardware_and_backbone_alone():
             del stage["train"]["save_every"]
         assert stages[0] == stages[1], name
     assert (small.runtime.num_workers, small.runtime.num_actors, small.runtime.gpus) == (1, 1, 1)
+
+
+STAGES = ("text", "align", "instruct", "hard", "reranker", "distil")
+
+
+@pytest.mark.parametrize("name", [*STAGES, "continue_hard"])
+def test_every_row_of_table_12_is_a_file_of_its_own(name):
+    """What decides the result is what the run of all stages says, and so is every path."""
+    alone, runtime = load_job("train", CONFIGS / "qwen2vl_7b" / f"{name}.yaml", [])
+    run = load_run(CONFIGS / "mbeir_qwen2vl_7b.yaml", ["controls=[continue_hard]"])
+    whole = next(job.config for job in recipe(run) if job.name == f"train/{name}")
+    watching = {"save_every", "validation", "trackers"}
+    for field in ("model", "start", "output", "seed", "dtype", "loss", "pairs"):
+        assert getattr(alone, field) == getattr(whole, field), field
+    assert alone.train.model_dump(exclude=watching) == whole.train.model_dump(exclude=watching)
+    assert alone.data.model_dump(exclude={"teacher"}) == whole.data.model_dump(exclude={"teacher"})
+    assert runtime.num_workers == {"text": 8, "align": 16}.get(name, 64)
