@@ -1,8 +1,11 @@
 """A stage under Ray Train: what goes wrong in a worker reaches the caller in its own words."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from fixtures_run import TinyRun, rewrite
 
@@ -11,6 +14,7 @@ from umarvel_ray.errors import DataError, TrainingError
 from umarvel_ray.pipeline.stages import recipe
 from umarvel_ray.runtime.cluster import RuntimeSettings
 from umarvel_ray.runtime.training import _last_line, _own_error, _Tail, run_stage
+from umarvel_ray.train import contrastive
 from umarvel_ray.train.settings import StageConfig
 
 RAY = RuntimeSettings(kind="ray", num_workers=2)
@@ -59,6 +63,83 @@ def test_two_workers_are_two_lanes_and_a_broken_picture_is_one_line(tiny: TinyRu
     with pytest.raises(DataError) as error:
         run_stage(captions_stage(spoiled, tmp_path / "refused", num_steps=2), RAY)
     assert "\n" not in str(error.value) and ".jpg" in str(error.value)
+
+
+def training_workers() -> list[psutil.Process]:
+    """Of this test's Ray alone."""
+    mine = psutil.Process().children(recursive=True)
+    return [process for process in mine if "TrainWorker" in " ".join(process.cmdline())]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_no_step(tiny: TinyRun, ray_session, tmp_path):
+    """SIGKILL in the middle: all start again from the newest state, and end in the very same weights."""
+    long = {"num_steps": 30, "save_every": 2}
+    undisturbed = captions_stage(tiny, tmp_path / "local", **long)
+    run_stage(undisturbed, RuntimeSettings(kind="local", num_workers=2))
+    stage = captions_stage(tiny, tmp_path / "killed", **long)
+    killed: list[int] = []
+
+    def kill_one(entry: dict) -> None:
+        if entry["step"] >= 4 and not killed:
+            victim = training_workers()[-1]
+            victim.kill()
+            killed.append(entry["step"])
+
+    run_stage(stage, RAY, kill_one)
+    assert killed and killed[0] < 30
+    assert losses(stage) == losses(undisturbed)
+    weights = "checkpoint/model.safetensors"
+    assert Path(stage.output, weights).read_bytes() == Path(undisturbed.output, weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_lost_node_is_done_without(tiny: TinyRun, tmp_path):
+    """Two nodes, one killed: the other goes on alone with the same global batches, to the same loss."""
+    long = {"num_steps": 30, "save_every": 2}
+    undisturbed = captions_stage(tiny, tmp_path / "local", **long)
+    run_stage(undisturbed, RuntimeSettings(kind="local", num_workers=1))
+    stage = captions_stage(tiny, tmp_path / "lost", **long)
+    settings = tmp_path / "stage.json"
+    settings.write_text(stage.model_dump_json())
+    script = Path(__file__).parent / "lose_a_node.py"
+    ended = subprocess.run(
+        [sys.executable, str(script), str(settings)], capture_output=True, text=True, timeout=240
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    (killed_at,) = json.loads(ended.stdout.splitlines()[-1])["killed_at"]
+    assert killed_at < 30
+    # Two lanes add in another order than one: what differs is rounding.
+    assert losses(stage) == pytest.approx(losses(undisturbed), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_another_number_of_workers_goes_on_with_the_same_batches(tiny: TinyRun, tmp_path, monkeypatch):
+    """Stopped after six of twelve steps with two lanes, resumed with three and another strategy's state."""
+    seen: dict[str, list] = {}
+    build = contrastive.build_batch
+
+    def watched(data, rows, **rest):
+        seen.setdefault(name, []).append(rows.tolist())
+        return build(data, rows, **rest)
+
+    monkeypatch.setattr(contrastive, "build_batch", watched)
+    name = "whole"
+    whole = captions_stage(tiny, tmp_path / "whole", num_steps=12, save_every=3)
+    run_stage(whole, RuntimeSettings(kind="local", num_workers=2))
+    name = "halves"
+    halves = captions_stage(tiny, tmp_path / "halves", num_steps=12, save_every=3)
+
+    def stop(entry: dict) -> None:
+        if entry["step"] == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(halves, RuntimeSettings(kind="local", num_workers=2), stop)
+    del seen["halves"]
+    run_stage(halves, RuntimeSettings(kind="local", num_workers=3))
+    assert seen["halves"] == seen["whole"][6:]
+    assert losses(halves) == pytest.approx(losses(whole), rel=1e-3)
 
 
 class Wrapped(Exception):

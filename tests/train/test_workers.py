@@ -56,15 +56,18 @@ CASES: list[dict[str, Any]] = [
     {"data": one_picture, "trainable": "full", "max_tokens": 8192},
     {"data": hard_negatives, "trainable": "full", "max_tokens": 60, "model": "reranker"},
 ]
+HALF_CASES = [CASES[1], CASES[2]]
+FEW_CASES = [CASES[0], CASES[2]]
 STRATEGIES = {
     "fsdp2": StrategySettings(kind="fsdp2"),
     **{f"zero{stage}": StrategySettings(kind="deepspeed", zero_stage=stage) for stage in (1, 2, 3)},
     "offload": StrategySettings(kind="deepspeed", zero_stage=2, offload_optimizer=True),
 }
+FOUR = ["fsdp2", "zero1", "zero2", "zero3"]
 NUM_STEPS = 2
 
 
-def load(backbone: str, case: dict[str, Any], dropout: float) -> Encoder | Reranker:
+def load(backbone: str, case: dict[str, Any], dropout: float, *, half: bool) -> Encoder | Reranker:
     """The same on every worker, adapters as after some steps."""
     torch.set_num_threads(1)
     torch.manual_seed(2)
@@ -74,7 +77,8 @@ def load(backbone: str, case: dict[str, Any], dropout: float) -> Encoder | Reran
         model = Reranker.load(backbone)
         model.set_trainable(case["trainable"], lora)
     else:
-        model = Encoder.load(backbone)
+        frozen_half = half and case["trainable"] == "lora"
+        model = Encoder.load(backbone, dtype="bfloat16" if frozen_half else "float32")
         model.set_trainable(case["trainable"], lora, learn_temperature=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -91,12 +95,13 @@ def trained(
     how: StrategySettings,
     *,
     dropout: float,
+    half: bool = False,
 ) -> dict[str, Tensor]:
     """Losses and gradient norms of two steps, gradients of the first where they lie whole, and the state."""
-    model, data = load(backbone, case, dropout), case["data"](pictures)
+    model, data = load(backbone, case, dropout, half=half), case["data"](pictures)
     # Clipping bites; AdamW's second moments are away from 0, so that rounding is not blown up into signs.
     settings = TrainSettings(batch_size=len(data), num_steps=2, learning_rate=1e-3, max_grad_norm=0.05)
-    strategy = make_strategy(model, lanes, settings, how)
+    strategy = make_strategy(model, lanes, settings, how, half=half)
     plan = BatchPlan(num_rows=len(data), batch_size=len(data), seed=1)
     rest: dict[str, Any] = {"plan": plan, "strategy": strategy, "max_tokens": case["max_tokens"]}
     if isinstance(model, Encoder):
@@ -132,9 +137,11 @@ def work(
     """One of the workers: all cases, strategy by strategy."""
     lanes = start(rank, world, folder)
     for name in names:
-        how = STRATEGIES.get(name, StrategySettings())
-        dropout = 0.0 if name in STRATEGIES else 0.2
-        found = [trained(backbone, pictures, lanes, case, how, dropout=dropout) for case in CASES]
+        how = STRATEGIES.get(name.removesuffix(" half"), StrategySettings())
+        half = name.endswith("half")
+        dropout = 0.0 if how != StrategySettings() or half else 0.2
+        cases = HALF_CASES if half else CASES if world == 2 or name == "ddp" else FEW_CASES
+        found = [trained(backbone, pictures, lanes, case, how, dropout=dropout, half=half) for case in cases]
         torch.save(found, f"{folder}/{name}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -167,14 +174,15 @@ def test_workers_give_the_steps_of_one_process_with_all_lanes(backbone, pictures
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "names"), [(2, list(STRATEGIES)), (4, ["fsdp2", "zero2", "zero3"])])
+@pytest.mark.parametrize(("world", "names"), [(2, list(STRATEGIES)), (4, FOUR)])
 def test_every_strategy_takes_the_steps_of_one_process(backbone, pictures, tmp_path: Path, world, names):
     """First moments after two steps are 0.09 and 0.1 times the clipped gradients: equal moments are equal
     gradients, whatever shard they lie in. The one process has a single lane: the joined batch.
     """
     context = run_workers(world, backbone, pictures, tmp_path, names)
     plain = StrategySettings()
-    expected = [trained(backbone, pictures, Lanes(1), case, plain, dropout=0.0) for case in CASES]
+    cases = CASES if world == 2 else FEW_CASES
+    expected = [trained(backbone, pictures, Lanes(1), case, plain, dropout=0.0) for case in cases]
     while not context.join(timeout=120):
         pass
     for name in names:
@@ -191,6 +199,30 @@ def test_every_strategy_takes_the_steps_of_one_process(backbone, pictures, tmp_p
                     )
                 elif key.startswith(("loss", "norm", "grad")):
                     assert found[key].item() == pytest.approx(value.item(), rel=1e-4), where
+
+
+@pytest.mark.slow
+def test_half_precision_keeps_float32_masters(backbone, pictures, tmp_path: Path):
+    """Computed in bfloat16, near the float32 run; what is trained holds values that bfloat16 cannot."""
+    names = ["ddp half", "fsdp2 half", "zero2 half", "zero3 half"]
+    context = run_workers(2, backbone, pictures, tmp_path, names)
+    plain = StrategySettings()
+    expected = [trained(backbone, pictures, Lanes(1), case, plain, dropout=0.0) for case in HALF_CASES]
+    while not context.join(timeout=120):
+        pass
+    for name in names:
+        results = torch.load(tmp_path / f"{name}-0.pt", weights_only=True)
+        for number, (found, wanted) in enumerate(zip(results, expected, strict=True)):
+            where = f"{name}, case {number}"
+            assert found["loss0"].item() == pytest.approx(wanted["loss0"].item(), rel=0.1), where
+            weights = {
+                key: value for key, value in found.items() if key.startswith("model.") and "/" not in key
+            }
+            assert all(value.dtype == torch.float32 for value in weights.values()), where
+            finer = [
+                key for key, value in weights.items() if not torch.equal(value, value.bfloat16().float())
+            ]
+            assert len(finer) > len(weights) / 2, where
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

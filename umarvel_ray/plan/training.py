@@ -77,7 +77,7 @@ def estimate_stage(
     lengths = _lengths(config, batch.records)
     tokens = sum(length for length, _ in lengths) / len(lengths) * len(batch.records)
     own_tokens = tokens / runtime.num_workers
-    passes = 2 + (own_tokens > config.train.max_tokens and config.model == "encoder")
+    passes = 2 + (own_tokens > config.train.chunk_tokens and config.model == "encoder")
     lora = config.train.trainable == "lora"
     trained = shape.lora_params(config.train.lora.rank) if lora else shape.params
     decoded = sum(shape.decode(length) for length, _ in lengths) / len(lengths) * len(batch.records)
@@ -137,7 +137,7 @@ def _memory(
     frozen = 0.0
     if config.train.trainable == "lora":
         frozen = shape.params * (4 if config.dtype == "float32" else 2) / (num_workers if stage == 3 else 1)
-    chunk = min(own_tokens, config.train.max_tokens) * ACTIVATION_BYTES
+    chunk = min(own_tokens, config.train.chunk_tokens) * ACTIVATION_BYTES
     return frozen + state + chunk * shape.layers * shape.hidden / (28 * 3584)
 
 

@@ -146,7 +146,7 @@ class _Reckoner:
         # LoRA leaves the weights as they are: backward is one pass more, not two.
         adapters = 6 * shape.lora_params(settings.lora.rank) * tokens if lora else 0.0
         per_worker = settings.batch_size * tokens / crew.workers
-        chunked = per_worker > settings.max_tokens
+        chunked = per_worker > settings.chunk_tokens
         # Gradients need the whole batch's embeddings first: what does not fit in a chunk is embedded twice.
         again = 1 if chunked and not reranks else 0
         per_query = forward * ((2 if lora else 3) + again) + seeing * ((1 if lora else 3) + again) + adapters
@@ -155,7 +155,7 @@ class _Reckoner:
         images = queries * sum(number for _, number in pictures)
         embeddings = 0 if reranks else settings.batch_size * (2 + others) * shape.hidden * 4
         loss = "reranker" if reranks else config.loss.kind
-        chunk_tokens = min(settings.max_tokens, per_worker)
+        chunk_tokens = min(settings.chunk_tokens, per_worker)
         size = shape.layers * shape.hidden / (28 * 3584)
         return Work(
             job=job.name,

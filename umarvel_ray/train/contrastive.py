@@ -22,6 +22,7 @@ from umarvel_ray.data.batches import (
 from umarvel_ray.data.records import Query
 from umarvel_ray.model.encoder import Encoder
 from umarvel_ray.model.inputs import Item
+from umarvel_ray.train.chunk import find_max_tokens
 from umarvel_ray.train.grad_cache import LossGradient, cached_backward, embed_batch
 from umarvel_ray.train.loaders import Loaders
 from umarvel_ray.train.losses import list_cross_entropy, list_distillation
@@ -77,6 +78,11 @@ class ContrastiveTask:
         filler = build([(filler_record(batch.records),)])[0] if self._strategy.lockstep else None
         items = {lane: build([(batch.records[i],) for i in indices[lane]]) for lane in self._lanes.mine}
         return PreparedBatch(batch=batch, indices=indices, items_by_lane=items, filler=filler, odd=[])
+
+    def find_max_tokens(self) -> None:
+        """Take the largest chunk that fits the device."""
+        items = [item for own in self.prepare(0).items_by_lane.values() for item in own]
+        self._max_tokens = find_max_tokens(self.model.train(), items, self._strategy)
 
     def samples(self, prepared: PreparedBatch) -> list[str]:
         """Ids to name in an error: of the records whose embedding is not finite, or of all queries."""

@@ -44,8 +44,9 @@ class TrainSettings(Config):
     betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.999)
     """AdamW's; a short training from random weights wants the second lower."""
     max_grad_norm: PositiveFloat = 1.0
-    max_tokens: PositiveInt = 8192
-    """Token budget of a chunk: the largest that fits in memory is the fastest."""
+    max_tokens: PositiveInt | Literal["auto"] = 8192
+    """Token budget of a chunk: the largest that fits in memory is the fastest. `auto`: the embedder's is
+    found on the device, from what two small chunks take; a CPU and the reranker take 8192."""
     recompute_activations: bool = False
     """Hold no layer's activations, and compute each layer once more on the way back. Chunks bound memory
     already; this is for a single record that does not fit."""
@@ -63,6 +64,11 @@ class TrainSettings(Config):
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError("give either num_steps or num_epochs, not both and not neither")
         return self
+
+    @property
+    def chunk_tokens(self) -> int:
+        """`max_tokens`, or what stands for it before a device was asked."""
+        return 8192 if self.max_tokens == "auto" else self.max_tokens
 
     @property
     def rate(self) -> float:

@@ -104,11 +104,13 @@ def train_stage(
     rest: dict[str, Any] = {
         "plan": plan,
         "strategy": strategy,
-        "max_tokens": settings.max_tokens,
+        "max_tokens": settings.chunk_tokens,
         "num_loaders": how.loaders,
     }
     if isinstance(model, Encoder):
         task = ContrastiveTask(model, data, config.loss, **rest)
+        if settings.max_tokens == "auto":
+            task.find_max_tokens()
     else:
         task = RerankerTask(model, data, config.pairs, seed=config.seed, **rest)
     trackers = open_trackers(

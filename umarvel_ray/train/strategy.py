@@ -119,6 +119,11 @@ class Replicated:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+    def drop_gradients(self) -> None:
+        """Forget what `backward` left."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
     def state(self) -> dict[str, Tensor]:
         """Everything trained, with its moments, by name, whole and in float32; all workers have to ask.
 
@@ -295,6 +300,10 @@ class Zero(Replicated):
         for optimizer in self._optimizers[1:]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+    def drop_gradients(self) -> None:
+        """See `Replicated.drop_gradients`."""
+        self._engine.optimizer.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
         """See `Replicated.state`."""
