@@ -1,5 +1,8 @@
 """What a visit of a training query shows: positive, instruction, list; and that nothing else decides it."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from fixtures_model import write_nli
@@ -162,3 +165,27 @@ def test_rows_know_their_task_and_their_question(mbeir):
     assert len(set(data.questions.tolist())) == len(set(asked))
     # 9:101 and 9:103 seek photos for words, 9:102 words for a photo, OVEN's and InfoSeek's are of two tasks.
     assert len(set(data.tasks.tolist())) == 4 and data.tasks[0] == data.tasks[asked.index("9:103")]
+
+
+def test_given_negatives_come_before_mined_ones(tmp_path, mbeir_root):
+    """9:101's line names a caption and, as files do, one of its own positives; OVEN's query has no list."""
+    root = tmp_path / "M-BEIR"
+    shutil.copytree(mbeir_root, root)
+    path = Mbeir(root).union_training_queries_path()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line["qid"] in ("9:101", "5:201"):
+            line["neg_cand_list"] = ["9:11", "9:2"] if line["qid"] == "9:101" else ["6:2"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mined = run({"9:101": [("6:2", 0.5), ("9:12", 0.4)]})
+
+    def shown(**settings) -> dict[str, list[str]]:
+        data = MbeirSet(Mbeir(root), seed=1, drop_positives=True, **settings)
+        items = [data.item(row, visit=0) for row in range(len(data))]
+        return {item.query.qid: [other.did for other in item.others] for item in items}
+
+    both = shown(lists=mined, use_given=True)
+    assert both["9:101"] == ["9:11", "6:2", "9:12"] and both["9:103"] == []
+    assert shown(lists=mined, use_given=True, num_others=2)["9:101"] == ["9:11", "6:2"]
+    assert shown(lists=mined)["9:101"] == ["6:2", "9:12"]
+    assert set(shown(use_given=True, only_listed=True)) == {"9:101", "5:201"}

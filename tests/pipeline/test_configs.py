@@ -124,3 +124,10 @@ def test_every_row_of_table_12_is_a_file_of_its_own(name):
     assert alone.train.model_dump(exclude=watching) == whole.train.model_dump(exclude=watching)
     assert alone.data.model_dump(exclude={"teacher"}) == whole.data.model_dump(exclude={"teacher"})
     assert runtime.num_workers == {"text": 8, "align": 16}.get(name, 64)
+
+
+def test_the_experiment_on_workers_needs_the_gradient_cache():
+    """Its global batch does not fit a chunk, whoever shares it."""
+    settings, runtime = load_job("train", CONFIGS / "workers_demo.yaml", ["runtime.num_workers=4"])
+    assert settings.train.batch_size == 1024 and runtime.num_workers == 4
+    assert settings.train.validation is not None and settings.train.max_tokens < 1024 * 40

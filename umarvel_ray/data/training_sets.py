@@ -67,6 +67,7 @@ class MbeirSet:
         with_scores: Whether the lists' scores are a teacher's.
         drop_positives: Leave listed positives, by did and by content, out of the lists.
         tasks: Train on these only; None for all. Table 15 holds tasks out.
+        use_given: Show the negatives that the query file names, before those of the lists.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class MbeirSet:
         with_scores: bool = False,
         drop_positives: bool = False,
         tasks: Sequence[str] | None = None,
+        use_given: bool = False,
     ) -> None:
         self._queries: QuerySet = mbeir.union_training_queries()
         self._pool: Pool = mbeir.global_pool("train")
@@ -91,6 +93,7 @@ class MbeirSet:
         self._with_scores = with_scores
         self._drop_positives = drop_positives
         self._tasks = None if tasks is None else set(tasks)
+        self._use_given = use_given
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -118,7 +121,7 @@ class MbeirSet:
                 questions.setdefault(record.query.qid, len(questions)),
             )
             for line, record in enumerate(self._queries)
-            if not (self._only_listed and record.query.qid not in self._list_row)
+            if not (self._only_listed and not self._has_list(record))
             and (self._tasks is None or task_of(record).name in self._tasks)
             for task in [task_of(record)]
         ]
@@ -128,6 +131,9 @@ class MbeirSet:
                 "or a wanted task. Mine for the same training file."
             )
         return np.array(found, dtype=np.int64).T
+
+    def _has_list(self, record: QueryRecord) -> bool:
+        return record.query.qid in self._list_row or (self._use_given and bool(record.negatives))
 
     @property
     def _rows(self) -> np.ndarray:
@@ -193,9 +199,11 @@ class MbeirSet:
         self, record: QueryRecord, relevant: frozenset[Hashable]
     ) -> tuple[tuple[Candidate, ...], tuple[float, ...] | None]:
         place = self._list_row.get(record.query.qid)
-        if self._lists is None or place is None:
+        hits = [(did, 0.0) for did in record.negatives] if self._use_given else []
+        if self._lists is not None and place is not None:
+            hits += zip(self._lists.dids[place], self._lists.scores[place], strict=True)
+        if not hits:
             return (), None
-        hits = list(zip(self._lists.dids[place], self._lists.scores[place], strict=True))
         chosen: list[tuple[Candidate, float]] = []
         for did, score in hits:
             if self._num_others is not None and len(chosen) == self._num_others:

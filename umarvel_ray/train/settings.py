@@ -163,6 +163,8 @@ class MbeirData(Config):
     list_role: Literal["negatives", "teacher"] = "negatives"
     teacher: PathSetting | None = None
     """Of a teacher's scores: the reranker that must have given them."""
+    given_negatives: bool = False
+    """Use the negatives that the query file names (`neg_cand_list`), before those of `lists`."""
     only_listed: bool = False
     """Leave out queries without a list; else they train on in-batch negatives. A teacher's always are."""
     num_negatives: PositiveInt | None = None
@@ -194,7 +196,10 @@ class StageConfig(Config):
     def _data_suit_the_loss(self) -> Self:
         lists = self.data.lists if isinstance(self.data, MbeirData) else None
         taught = isinstance(self.data, MbeirData) and self.data.list_role == "teacher"
-        given = isinstance(self.data, NliData) and self.data.use_hard_negatives
+        given = self.data.use_hard_negatives if isinstance(self.data, NliData) else False
+        given |= isinstance(self.data, MbeirData) and self.data.given_negatives
+        if taught and given:
+            raise ValueError("a teacher scored no given negatives: leave data.given_negatives out")
         if self.model == "encoder" and self.loss.kind == "distillation" and not (taught and lists):
             raise ValueError(
                 "loss.kind is distillation, but no teacher's scores are given: set data.lists to a scoring "
@@ -202,6 +207,6 @@ class StageConfig(Config):
             )
         if self.model == "encoder" and self.loss.negatives == "own" and not (lists or given):
             raise ValueError("loss.negatives is own, but queries have no lists: set data.lists")
-        if self.model == "reranker" and not lists:
+        if self.model == "reranker" and not (lists or given):
             raise ValueError("a reranker learns from lists, but there are none: set data.lists")
         return self

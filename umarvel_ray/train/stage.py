@@ -45,6 +45,7 @@ def open_training_set(config: StageConfig) -> TrainingSet:
         with_scores=data.list_role == "teacher",
         drop_positives=data.list_role == "negatives",
         tasks=data.tasks,
+        use_given=data.given_negatives,
     )
 
 
