@@ -21,8 +21,8 @@ from umarvel_ray.data.sources import local_pool_source, query_source
 from umarvel_ray.retrieve.store import finish_store, plan_shards, write_shard
 
 ROOT = Path(__file__).parents[1]
-JOBS = ("train", "embed", "search", "mine", "rerank", "evaluate", "report")
-COMMANDS = ("run", "check", "demo", "negatives", *JOBS)
+JOBS = ("train", "embed", "search", "mine", "rerank", "evaluate", "report", "compare")
+COMMANDS = ("run", "check", "demo", "negatives", "sweep", *JOBS)
 
 
 def umarvel(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:

@@ -43,7 +43,8 @@ def _job_command(kind: str, help_text: str) -> None:
 _job_command("train", "One training stage: data and a checkpoint → the next checkpoint.")
 _job_command("embed", "Query sets and pools → embedding stores.")
 _job_command("search", "Embedding stores → exact top-k runs, local and global.")
-_job_command("evaluate", "Runs and qrels → results.json and a table.")
+_job_command("evaluate", "A model, stored vectors or runs → results.json and a table.")
+_job_command("compare", "Evaluated systems → compare.html: differences with intervals, queries that changed.")
 _job_command("report", "Results, curves and mined negatives → report.html.")
 
 
@@ -266,6 +267,42 @@ def export(
     _view().line(f"[green]✓[/] {output}: {format}")
 
 
+@app.command()
+def sweep(
+    configs: Annotated[
+        list[str],
+        typer.Argument(help="Files of experiments, then settings: key.path=value …", show_default=False),
+    ],
+    dry_run: DryRun = False,
+) -> None:
+    """Experiments, such as the paper's tables: rows over seeds, what they share computed once."""
+    from umarvel_ray.pipeline.sweep import load_sweep, output_of, plan_sweep, run_sweep
+
+    files = [Path(text) for text in configs if "=" not in text]
+    overrides = [text for text in configs if "=" in text]
+    view = _view()
+    sweeps = [load_sweep(file, overrides) for file in files]
+    for settings in sweeps:
+        places = _demo_places(Path(settings.demo), view, make=not dry_run) if settings.demo else []
+        if dry_run:
+            cells = plan_sweep(settings, places)
+            for folder, job in {output_of(job): job for cell in cells for job in cell.jobs}.items():
+                view.line(f"{job.kind:9} {Path(folder).name}")
+            continue
+        run_sweep(settings, view, places=places)
+
+
+def _demo_places(home: Path, view: Any, *, make: bool) -> list[str]:
+    """Overrides that point a run at the demonstration in `home`, made first where it is missing."""
+    from umarvel_ray.demo.prepare import demo_places, load_demo_config, prepare_demo
+    from umarvel_ray.model.settings import RERANKER_PROMPTS
+
+    if make:
+        with view.bar("drawing the world", 1) as bar:
+            prepare_demo(load_demo_config(), home, prompts=[RERANKER_PROMPTS["plain"]], progress=bar.at)
+    return demo_places(home)
+
+
 def run_job(kind: str, config: Path, overrides: list[str], *, dry_run: bool = False) -> None:
     """Run one job from its own settings file; see `umarvel JOB --help`."""
     from umarvel_ray.pipeline.jobs import perform
@@ -290,6 +327,8 @@ def run_job(kind: str, config: Path, overrides: list[str], *, dry_run: bool = Fa
         do_part(kind, settings, runtime, view, only)
         return
     perform(kind, settings, runtime, view)
+    if kind in ("compare", "report"):
+        view.line(f"page: {settings.output}/{kind}.html")
     if kind == "evaluate":
         print_results([at(settings.output) / "results.json"], view)
 

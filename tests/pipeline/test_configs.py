@@ -22,6 +22,7 @@ PRODUCTS = {
     "rerank": ("", "test", "teacher.arrow", "alpha.json"),
     "evaluate": ("results.json",),
     "report": (),
+    "compare": (),
 }
 """What later jobs may read in a job's folder, as docs/formats.md tells it."""
 
@@ -71,7 +72,7 @@ def test_a_job_before_what_it_reads_would_be_seen():
 def test_a_single_job_loads(path):
     settings, runtime = load_job(path.stem, path, [])
     assert settings.output.startswith("/data/runs/single/")
-    assert runtime.kind == ("local" if path.stem in ("mine", "evaluate", "report") else "ray")
+    assert runtime.kind == ("local" if path.stem in ("mine", "evaluate", "report", "compare") else "ray")
 
 
 def test_the_papers_run_is_table_12s():

@@ -524,7 +524,7 @@ class Instructions:
         query_modality: str,
         candidate_modality: str,
         *,
-        choice: Literal["first", "seeded"],
+        choice: "Literal['first', 'seeded'] | int",
         seed: int,
     ) -> str:
         """The instruction of one query.
@@ -533,17 +533,26 @@ class Instructions:
             qid: Its data set is the number before the colon.
             query_modality: One of `MODALITIES`.
             candidate_modality: That of what is sought.
-            choice: The row's first prompt, or one drawn by (seed, qid): the same in any order, on any worker.
+            choice: The row's first prompt, the one of this number from 0, or one drawn by (seed, qid): the
+            same
+                in any order, on any worker.
             seed: Of the draw.
 
         Raises:
-            DataError: The table has no such row, or the qid names no data set.
+            DataError: The table has no such row or prompt, or the qid names no data set.
         """
         if (dataset_id := dataset_id_of(qid)) is None:
             raise DataError(f"query {qid!r} names no data set. Write qids as dataset:number, such as 9:11.")
         prompts = self.prompts(dataset_id, query_modality, candidate_modality)
         if choice == "first":
             return prompts[0]
+        if isinstance(choice, int):
+            if choice >= len(prompts):
+                key = _key_text((dataset_id, query_modality, candidate_modality))
+                raise DataError(
+                    f"{self.path}: {key} has {len(prompts)} prompts, number {choice} is asked for."
+                )
+            return prompts[choice]
         digest = hashlib.blake2b(f"{seed}\0{qid}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return prompts[int.from_bytes(digest, "little") % len(prompts)]
 

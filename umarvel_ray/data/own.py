@@ -21,7 +21,7 @@ from umarvel_ray.errors import DataError
 RecordT = TypeVar("RecordT", Query, Candidate, Query | Candidate)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RecordSource(Generic[RecordT]):
     """Records in memory, under the name of their embedding store."""
 
@@ -30,6 +30,16 @@ class RecordSource(Generic[RecordT]):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RecordSource) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[str, str]:
+        return self.name, self.fingerprint
 
     def __getitem__(self, row: int) -> RecordT:
         return self.records[row]
@@ -84,7 +94,7 @@ def read_own(
     return _read(queries, images, query), _read(candidates, images, candidate), qrels
 
 
-def _read(path: Any, images: Any, make: Callable[[dict[str, Any], Path], RecordT]) -> list[RecordT]:
+def _read(path: Any, images: Any, make: Callable[[dict[str, Any], Any], RecordT]) -> list[RecordT]:
     rows = JsonLines(path)
     base = Path(os.path.abspath(images)) if images else rows.path.parent
     records = []

@@ -28,7 +28,10 @@ from umarvel_ray.data.records import MODALITIES, Candidate, Query
 from umarvel_ray.errors import ConfigError, DataError
 from umarvel_ray.storage import join
 
-InstructionChoice = Literal["first", "seeded"]
+InstructionChoice = Literal["first", "seeded"] | int
+"""The first prompt of a row, one drawn by (seed, qid), or the one of this number, from 0."""
+EvaluationScope = Literal["local", "pair", "global"]
+"""A task's own pool, OVEN's and InfoSeek's together, or all pools."""
 _SHARED_POOLS = {"oven": "oven+infoseek", "infoseek": "oven+infoseek"}
 """OVEN and InfoSeek answer from one Wikipedia."""
 
@@ -279,8 +282,9 @@ def query_source(
 ) -> QuerySource:
     """The queries of a task."""
     path = mbeir.training_queries_path(task.dataset) if split == "train" else mbeir.queries_path(task, split)
+    numbered = f"@{choice}" if isinstance(choice, int) else ""
     return QuerySource(
-        name=f"queries/{split}/{task.name}",
+        name=f"queries/{split}/{task.name}{numbered}",
         task=task,
         root=str(mbeir.root),
         path=str(path),
@@ -314,6 +318,24 @@ def pool_sources(mbeir: Mbeir, split: str, tasks: Sequence[Task] | None = None) 
     chosen = tasks_of_split(mbeir, split) if tasks is None else tasks
     by_name = {source.name: source for source in (local_pool_source(mbeir, task, split) for task in chosen)}
     return list(by_name.values())
+
+
+def scope_pools(
+    mbeir: Mbeir, task: Task, split: str, scope: EvaluationScope, tasks: Sequence[Task]
+) -> list[PoolSource]:
+    """The pools that a task searches in a scope; none where the scope is not for it.
+
+    `pair` is OVEN's and InfoSeek's: they list each other's candidates as right, which only their joint pool
+    holds.
+    """
+    if scope == "local":
+        return [local_pool_source(mbeir, task, split)]
+    if scope == "global":
+        return pool_sources(mbeir, split, tasks)
+    if task.dataset not in _SHARED_POOLS:
+        return []
+    partners = [t for t in tasks if t.dataset in _SHARED_POOLS and t.task_id == task.task_id]
+    return pool_sources(mbeir, split, partners) if len(partners) > 1 else []
 
 
 class RecordReader:

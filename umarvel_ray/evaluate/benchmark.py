@@ -8,7 +8,7 @@ otherwise never reach 1.
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,14 @@ import numpy as np
 from umarvel_ray.data.mbeir import TASK_BY_NAME, TASKS, Task
 from umarvel_ray.data.trec import Qrels, Run, check_join
 from umarvel_ray.errors import DataError
-from umarvel_ray.evaluate.metrics import DEFINITION, judge, parse_metric
+from umarvel_ray.evaluate.analysis import (
+    PoolIndex,
+    error_kinds,
+    score_histograms,
+    tie_bounds,
+    twin_counts,
+)
+from umarvel_ray.evaluate.metrics import DEFINITION, first_positive_rank, judge, parse_metric
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,8 +32,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PoolKind = Literal["local", "global"]
-POOLS: tuple[PoolKind, ...] = ("local", "global")
+PoolKind = Literal["local", "pair", "global"]
+POOLS: tuple[PoolKind, ...] = ("local", "pair", "global")
+"""The task's own candidates; those of OVEN and InfoSeek together, which list each other's as right; all
+tasks'."""
 RANKS = (1, 5, 10, 20, 50)
 """Every k that M-BEIR's tables print; those deeper than both the run and the headline are left out."""
 NUM_STANDARD_ERRORS = 2
@@ -38,8 +47,56 @@ def headline(task: Task) -> str:
     return f"hit@{task.headline_k}"
 
 
+@dataclass(frozen=True)
+class QueryScores:
+    """One task's queries on one pool, for comparisons: their headline, and where their first positive stands.
+
+    Attributes:
+        qids: Q of them.
+        value_Q: float64, the headline of each; between 0 and 1 where several prompts were averaged.
+        rank_Q: int64, from 1; 0 where the run does not hold one.
+    """
+
+    qids: tuple[str, ...]
+    value_Q: np.ndarray
+    rank_Q: np.ndarray
+
+
+def query_scores(task: Task, run: Run, qrels: Qrels) -> QueryScores:
+    """Each query's own figures; errors as `evaluate_run`."""
+    ranking = dict(zip(run.qids, run.dids, strict=True))
+    judged = judge(qrels, ranking, depth=max((len(dids) for dids in ranking.values()), default=1))
+    function, k = parse_metric(headline(task))
+    return QueryScores(judged.qids, function(judged, k), first_positive_rank(judged))
+
+
+def average_prompts(results: Sequence[dict[str, Any]], headline_name: str) -> dict[str, Any]:
+    """One result of several that differ in the instruction alone: means, and the headline's spread."""
+    first = results[0]
+    means = {
+        name: float(np.mean([result[name] for result in results]))
+        if "@" in name and isinstance(value, float)
+        else value
+        for name, value in first.items()
+    }
+    values = [result[headline_name] for result in results]
+    spread = {
+        "num": len(values),
+        "values": values,
+        "min": min(values),
+        "max": max(values),
+        "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+    }
+    return means | {"prompts": spread}
+
+
 def evaluate_run(
-    task: Task, run: Run, qrels: Qrels, *, pool_dids: Collection[str] | None = None
+    task: Task,
+    run: Run,
+    qrels: Qrels,
+    *,
+    pool_dids: Collection[str] | PoolIndex | None = None,
+    content_key: Callable[[str], bytes | None] | None = None,
 ) -> dict[str, Any]:
     """Score one task's run on one pool.
 
@@ -48,13 +105,17 @@ def evaluate_run(
         run: All queries of the split, best candidate first.
         qrels: The judgements of the same task and split.
         pool_dids: Ids of the pool that was searched: finds positives that cannot be reached, and chance.
-            Anything with a fast `in` (a set, a mapping) is used as it is; a list is hashed first.
+            Anything with a fast `in` (a set, a mapping) is used as it is; a list is hashed first. A
+            `PoolIndex` also tells which kinds of error were made.
+        content_key: did → a key that copies share; finds queries that miss though a copy was found.
 
     Returns:
         `num_queries`, the metrics (`hit@1` …, `recall@` of the headline's k, `ndcg@10`, `map@10`, `mrr@10`),
         `queries_tied_at_cut` (the candidates at ranks k and k + 1 score the same, so the tie rule decides),
         and, None without `pool_dids`: `pool_size`, `positives_outside_pool`,
         `queries_without_reachable_positive`, `chance` (the headline of a random ranking) and `at_chance`.
+        Then `ties_lost` and `ties_won`, the headline if every exact tie went against or for the query,
+        `histograms` of scores, and what `PoolIndex` and `content_key` allow: `errors` and `copies`.
 
     Raises:
         DataError: Scores are infinite or all equal; run, qrels and pool do not belong together; or the run is
@@ -66,9 +127,10 @@ def evaluate_run(
     check_join(run, qrels, run_name=where)
     _check_scores(run, where=where)
     ranking: dict[str, Sequence[str]] = dict(zip(run.qids, run.dids, strict=True))
-    pool: Collection[str] | None = None
+    pool: Collection[str] | PoolIndex | None = None
     if pool_dids is not None:
-        pool = pool_dids if isinstance(pool_dids, Set | Mapping) else frozenset(pool_dids)
+        ready = isinstance(pool_dids, Set | Mapping | PoolIndex)
+        pool = pool_dids if ready else frozenset(pool_dids)
         qrels_of_pool = _reachable(ranking, qrels, pool, where=where)
     else:
         qrels_of_pool = qrels
@@ -87,6 +149,12 @@ def evaluate_run(
         function, k = parse_metric(name)
         result[name] = float(function(judged, k).mean())
     result["queries_tied_at_cut"] = _num_tied(run, task.headline_k)
+    result["ties_lost"], result["ties_won"] = tie_bounds(run, qrels, task.headline_k)
+    result["histograms"] = score_histograms(run, qrels)
+    if content_key is not None:
+        result["copies"] = twin_counts(run, qrels, task.headline_k, content_key)
+    if isinstance(pool, PoolIndex):
+        result["errors"] = error_kinds(run, qrels, pool, modality=task.candidate_modality, domain=task.domain)
 
     facts_of_pool = {
         "pool_size": None,
@@ -153,8 +221,8 @@ def assemble_results(
         raise DataError(f"results of {stage}: no task was measured. Name at least one task of the benchmark.")
     if unknown := [name for name in measured if name not in TASK_BY_NAME]:
         raise DataError(
-            f"results of {stage}: {len(unknown)} tasks are not M-BEIR's (first: {unknown[0]}). "
-            f"Known tasks: {', '.join(task.name for task in TASKS)}."
+            f"results of {stage}: {len(unknown)} tasks are not M-BEIR's (first: {unknown[0]}). Known tasks: "
+            f"{', '.join(task.name for task in TASKS)}."
         )
     tasks: dict[str, Any] = {}
     for task in TASKS:
@@ -179,24 +247,39 @@ def assemble_results(
             del result["num_queries"]
             entry[kind] = result
         tasks[task.name] = entry
+    return results_document(tasks, stage=stage, checkpoint=checkpoint, settings=settings, versions=versions)
+
+
+def results_document(
+    tasks: Mapping[str, Any],
+    *,
+    stage: str,
+    checkpoint: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    versions: Mapping[str, Any],
+    definition: str = DEFINITION,
+) -> dict[str, Any]:
+    """A results document of entries as `assemble_results` makes them, or `parts.part_results`."""
     flags = [flag for kind in POOLS if (flag := _chance_flag(tasks, kind))]
     for flag in flags:
         logger.warning("%s: %s", stage, flag)
+    means = {kind: _mean_headline(tasks, kind) for kind in POOLS}
     return {
         "stage": stage,
         "checkpoint": dict(checkpoint),
         "settings": dict(settings),
         "versions": dict(versions),
-        "tasks": tasks,
-        "mean": {kind: _mean_headline(tasks, kind) for kind in POOLS},
+        "tasks": dict(tasks),
+        # The pair's pool is an extra: documents without it do not mention it.
+        "mean": {kind: mean for kind, mean in means.items() if kind != "pair" or mean is not None},
         "flags": flags,
-        "metric_definition": DEFINITION,
+        "metric_definition": definition,
     }
 
 
 def _chance_flag(tasks: Mapping[str, Any], kind: PoolKind) -> str | None:
     measured = [name for name, entry in tasks.items() if kind in entry]
-    poor = [name for name in measured if tasks[name][kind]["at_chance"]]
+    poor = [name for name in measured if tasks[name][kind].get("at_chance")]
     if not poor:
         return None
     metric, result = tasks[poor[0]]["headline"], tasks[poor[0]][kind]
@@ -207,16 +290,23 @@ def _chance_flag(tasks: Mapping[str, Any], kind: PoolKind) -> str | None:
 
 
 def _mean_headline(tasks: Mapping[str, Any], kind: PoolKind) -> float | None:
-    if not all(kind in entry for entry in tasks.values()):
+    # The pair's pool exists for four tasks: its mean is theirs.
+    tasks = {name: entry for name, entry in tasks.items() if kind != "pair" or kind in entry}
+    if not tasks or not all(kind in entry for entry in tasks.values()):
         return None
     return float(np.mean([entry[kind][entry["headline"]] for entry in tasks.values()]))
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One task beside the headline of every stage, as a share in [0, 1] or None where it was not measured."""
+    """One task beside the headline of every stage, as a share in [0, 1] or None where it was not measured.
 
-    task: Task
+    `task` is None for what is no task of M-BEIR: a zero-shot set, a user's own data.
+    """
+
+    task: Task | None
+    name: str
+    kind: str
     metric: str
     num_queries: int
     values: dict[PoolKind, tuple[float | None, ...]]
@@ -253,31 +343,35 @@ def results_table(documents: Sequence[Mapping[str, Any]]) -> ResultsTable:
         kind for kind in POOLS if any(kind in entry for doc in documents for entry in doc["tasks"].values())
     )
     rows = []
-    for task in TASKS:
-        entries = [document["tasks"].get(task.name) for document in documents]
+    listed = {name: None for document in documents for name in document["tasks"]}
+    for name in [*(task.name for task in TASKS if task.name in listed), *(set_names(listed))]:
+        entries = [document["tasks"].get(name) for document in documents]
         present = [entry for entry in entries if entry is not None]
-        if not present:
-            continue
         facts = {(entry["headline"], entry["num_queries"]) for entry in present}
         if len(facts) != 1:
             raise DataError(
-                f"results table: {task.name} was measured in {len(facts)} different ways "
-                f"({', '.join(f'{metric} over {count} queries' for metric, count in sorted(facts))}). "
-                "Put only results of the same data side by side."
+                f"results table: {name} was measured in {len(facts)} different ways "
+                f"({', '.join(f'{metric} over {count} queries' for metric, count in sorted(facts))}). Put "
+                "only results of the same data side by side."
             )
         metric, num_queries = facts.pop()
         values: dict[PoolKind, tuple[float | None, ...]] = {
             kind: tuple(entry[kind][metric] if entry and kind in entry else None for entry in entries)
             for kind in pools
         }
-        rows.append(TableRow(task, metric, num_queries, values))
+        rows.append(TableRow(TASK_BY_NAME.get(name), name, present[0]["kind"], metric, num_queries, values))
     return ResultsTable(
         stages=tuple(document["stage"] for document in documents),
         pools=pools,
         rows=tuple(rows),
-        means={kind: tuple(document["mean"][kind] for document in documents) for kind in pools},
+        means={kind: tuple(document["mean"].get(kind) for document in documents) for kind in pools},
         same_tasks=len({frozenset(document["tasks"]) for document in documents}) == 1,
     )
+
+
+def set_names(names: Iterable[str]) -> list[str]:
+    """Those that are no tasks of M-BEIR, in their order."""
+    return [name for name in names if name not in TASK_BY_NAME]
 
 
 def best_of(values: Sequence[float | None]) -> float | None:
@@ -338,7 +432,7 @@ def _rich_table(table: ResultsTable, pools: Sequence[PoolKind], *, details: bool
         return printed_cells
 
     for index, row in enumerate(table.rows):
-        words = (row.task.name, row.task.kind, row.metric) if details else (row.task.name,)
+        words = (row.name, row.kind, row.metric) if details else (row.name,)
         printed.add_row(*words, *cells(row.values), end_section=index == len(table.rows) - 1)
     words = ("mean", f"{len(table.rows)} tasks", "") if details else ("mean",)
     printed.add_row(*words, *cells(table.means))
@@ -373,7 +467,7 @@ def _check_scores(run: Run, *, where: str) -> None:
 
 
 def _reachable(
-    ranking: Mapping[str, Sequence[str]], qrels: Qrels, pool: Collection[str], *, where: str
+    ranking: Mapping[str, Sequence[str]], qrels: Qrels, pool: Collection[str] | PoolIndex, *, where: str
 ) -> dict[str, dict[str, int]]:
     """The qrels without the positives that the pool lacks; refuses a pool that is not the one searched."""
     foreign = [(qid, did) for qid, dids in ranking.items() for did in dids if did not in pool]

@@ -195,7 +195,7 @@ def task_examples(
     *,
     mbeir: Mbeir,
     split: str,
-    pool: Literal["local", "global"],
+    pool: Literal["local", "pair", "global"],
     album: Album,
     each: int = 1,
 ) -> TaskExamples:

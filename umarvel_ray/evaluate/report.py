@@ -1,8 +1,9 @@
 """One page that tells what each stage brought: report.html for people, report.md for a README, report.json
 for programs.
 
-The page is a single file without scripts: plots are inline SVG, pictures are data URIs, and a content policy
-forbids everything else. Whatever comes from data files is escaped.
+The page is a single file: plots are inline SVG, pictures are data URIs, one short script filters the
+examples,
+and a content policy forbids everything else. Whatever comes from data files is escaped.
 """
 
 import logging
@@ -33,6 +34,7 @@ from umarvel_ray.evaluate.history import (
     fact_groups,
     read_object,
 )
+from umarvel_ray.evaluate.panels import error_panels, score_panels
 from umarvel_ray.evaluate.published import PUBLISHED
 
 logger = logging.getLogger(__name__)
@@ -142,8 +144,8 @@ def build_report(inputs: ReportInputs, output: Path) -> dict[str, Any]:
             for (document, stage), base in zip(_pairs(documents, inputs), baselines, strict=True)
         ],
         "tasks": {
-            row.task.name: {
-                "kind": row.task.kind,
+            row.name: {
+                "kind": row.kind,
                 "headline": row.metric,
                 "num_queries": row.num_queries,
                 **{kind: list(values) for kind, values in row.values.items()},
@@ -159,7 +161,8 @@ def build_report(inputs: ReportInputs, output: Path) -> dict[str, Any]:
         "unreadable_pictures": album.unreadable,
         "facts": inputs.facts,
     }
-    page = _render(
+    page = render(
+        "report.html.jinja",
         inputs=inputs,
         headline=headline,
         definition=documents[0]["metric_definition"],
@@ -178,6 +181,8 @@ def build_report(inputs: ReportInputs, output: Path) -> dict[str, Any]:
         unreadable=len(album.unreadable),
         published=_published(table) if inputs.published else [],
         facts=fact_groups(inputs.facts),
+        scores=score_panels(documents, table.stages, table.pools[0]),
+        errors=error_panels(documents, table.stages),
     )
     output = Path(output)
     write_json(output / "report.json", summary)
@@ -198,8 +203,8 @@ def _groups(table: ResultsTable, baselines: Sequence[int]) -> list[dict[str, Any
     """Rows by kind of retrieval, as the paper groups them."""
     groups: list[dict[str, Any]] = []
     for row in table.rows:
-        if not groups or groups[-1]["kind"] != row.task.kind:
-            groups.append({"kind": row.task.kind, "rows": []})
+        if not groups or groups[-1]["kind"] != row.kind:
+            groups.append({"kind": row.kind, "rows": []})
         cells = {kind: row_cells(row, kind, baselines) for kind in table.pools}
         groups[-1]["rows"].append({"row": row, "cells": cells})
     return groups
@@ -222,7 +227,11 @@ def _tiles(table: ResultsTable, baselines: Sequence[int]) -> list[dict[str, Any]
 
 def _headline(table: ResultsTable, first: int, last: int) -> str:
     """One sentence: where the last stage stands, and how far it came."""
-    where = {"local": "in the pools of the tasks", "global": "in the pool of all tasks together"}
+    where = {
+        "local": "in the pools of the tasks",
+        "pair": "in the pool of a pair of data sets",
+        "global": "in the pool of all tasks together",
+    }
     parts = []
     for kind in table.pools:
         value, origin = table.means[kind][last], table.means[kind][first]
@@ -241,7 +250,7 @@ def _headline(table: ResultsTable, first: int, last: int) -> str:
 
 
 def _published(table: ResultsTable) -> list[dict[str, Any]]:
-    measured = [row.task for row in table.rows]
+    measured = [row.task for row in table.rows if row.task is not None]
     return [
         {
             "kind": kind,
@@ -270,12 +279,14 @@ def _examples(
     mbeir = Mbeir(inputs.data)
     found = []
     for row in table.rows:
-        measured = [documents[index]["tasks"].get(row.task.name, {}) for index in (first, last)]
+        if row.task is None:
+            continue
+        measured = [documents[index]["tasks"].get(row.name, {}) for index in (first, last)]
         shared: list[PoolKind] = [kind for kind in table.pools if all(kind in entry for entry in measured)]
         if not shared:
             continue  # the table shows which of the two was not measured
         pool = shared[0]
-        name = f"{row.task.name}.{pool}.arrow"
+        name = f"{row.name}.{pool}.arrow"
         found.append(
             task_examples(
                 row.task,
@@ -313,17 +324,29 @@ def _example_record(task: TaskExamples) -> dict[str, Any]:
 # Writing
 
 
-def _render(**context: Any) -> str:
+def render(template: str, **context: Any) -> str:
+    """A page of this room. Its one script filters what is shown; the content policy names it by its hash."""
+    import base64
+    import hashlib
+
     import jinja2
     from markupsafe import Markup
 
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    folder = Path(__file__).parent
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    script = (folder / "filter.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment.filters["svg"] = Markup  # only for what figures.py drew, which escapes what it is given
     environment.globals["rank_word"] = lambda rank, depth: str(rank) if rank else f"past {depth}"
-    return environment.get_template("report.html.jinja").render(context)
+    environment.globals["script"] = Markup(script)
+    environment.globals["script_hash"] = f"sha256-{digest}"
+    return environment.get_template(template).render(context)
 
 
 def _markdown(
@@ -350,7 +373,7 @@ def _markdown(
     for group in _groups(table, baselines):
         for entry in group["rows"]:
             row = entry["row"]
-            lines.append(_line([row.task.kind, row.task.name, row.metric, *figures(entry["cells"])]))
+            lines.append(_line([row.kind, row.name, row.metric, *figures(entry["cells"])]))
     means = figures(mean_cells(table, baselines))
     lines += [_line([f"mean of {len(table.rows)}", "", "", *means]), ""]
     lines += [

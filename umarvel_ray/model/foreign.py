@@ -55,8 +55,7 @@ def _single(record: Query | Candidate) -> tuple[str | None, str | None]:
         name = record.qid if isinstance(record, Query) else record.did
         raise DataError(
             f"record {name}: holds several pictures or a video, and this model reads one text and one "
-            f"picture. "
-            "Leave the set out for this model."
+            "picture. Leave the set out for this model."
         )
     return record.txt, record.img_path
 
@@ -102,8 +101,7 @@ class Towers:
         if not (hasattr(model, "get_text_features") and hasattr(model, "get_image_features")):
             raise CheckpointError(
                 f"{path}: a {model.config.model_type} model has no text and image towers. Give a CLIP or "
-                f"SigLIP "
-                "folder, or another model.kind."
+                "SigLIP folder, or another model.kind."
             )
         return cls(model.eval().requires_grad_(False).to(device), tokenizer, images, system, source=path)
 

@@ -88,7 +88,10 @@ class Builder(Protocol):
 class Embedder(Protocol):
     """What an embedding job needs of a model."""
 
-    builder: Builder
+    @property
+    def builder(self) -> Builder:
+        """What prepares its records."""
+        ...
 
     def embed_items(self, items: Any, *, max_tokens: int = 8192) -> "Tensor":
         """(N, D) float32 on the CPU, unit norm, in the order of the items."""

@@ -6,7 +6,7 @@ Each takes its settings, who does the work, and where to show progress, and retu
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,13 +25,13 @@ from umarvel_ray.artifacts import (
 )
 from umarvel_ray.config import Config
 from umarvel_ray.data.mbeir import Mbeir
-from umarvel_ray.data.sources import chosen_tasks, local_pool_source, pool_sources, query_source
+from umarvel_ray.data.sources import Source, chosen_tasks, local_pool_source, pool_sources, query_source
 from umarvel_ray.data.trec import Run
 from umarvel_ray.errors import UmarvelError
 from umarvel_ray.pipeline.lock import only_one
 from umarvel_ray.pipeline.mining import MiningInputs
 from umarvel_ray.pipeline.progress import Recorder
-from umarvel_ray.pipeline.settings import EvaluateConfig, MineConfig, ReportConfig
+from umarvel_ray.pipeline.settings import CompareConfig, EvaluateConfig, MineConfig, ReportConfig
 from umarvel_ray.pipeline.view import View, short_time
 from umarvel_ray.retrieve.settings import EmbedConfig, RerankConfig, SearchConfig, run_path
 from umarvel_ray.runtime.cluster import RuntimeSettings, connected
@@ -82,12 +82,14 @@ def train(config: StageConfig, runtime: RuntimeSettings, view: View) -> Summary:
     }
 
 
-def embed(config: EmbedConfig, runtime: RuntimeSettings, view: View) -> Summary:
-    """Query sets and pools → embedding stores."""
+def embed(
+    config: EmbedConfig, runtime: RuntimeSettings, view: View, *, sources: Sequence[Source] | None = None
+) -> Summary:
+    """Query sets and pools, or the given sources, → embedding stores."""
     from umarvel_ray.retrieve.embed import model_of, plan_stores
     from umarvel_ray.runtime.embedding import Progress, embed_stores
 
-    plans = plan_stores(config)
+    plans = plan_stores(config, sources)
     with view.bar("embedding", sum(plan.num_rows for plan in plans), unit="records") as bar:
 
         def show(progress: Progress) -> None:
@@ -249,38 +251,10 @@ def _ranking_quality(config: RerankConfig, name: str) -> Callable[[Run], float]:
 
 
 def evaluate(config: EvaluateConfig, runtime: RuntimeSettings, view: View) -> Summary:
-    """Runs and qrels → `results.json`."""
-    from umarvel_ray.evaluate.benchmark import assemble_results, evaluate_run
-    from umarvel_ray.pipeline.versions import library_versions
-    from umarvel_ray.retrieve.embed import checkpoint_fingerprint
+    """A model, stored vectors or runs, with judgements → `results.json`."""
+    from umarvel_ray.pipeline import evaluation
 
-    mbeir = Mbeir(config.root)
-    tasks = chosen_tasks(mbeir, config.split, config.tasks)
-    pools = {source.name: source for source in pool_sources(mbeir, config.split, tasks)}
-    dids = {name: {source[row].did for row in range(len(source))} for name, source in pools.items()}
-    everything = set().union(*dids.values())
-    measured = {}
-    for task in tasks:
-        qrels = mbeir.qrels(task, config.split)
-        pool_of = {"local": dids[local_pool_source(mbeir, task, config.split).name], "global": everything}
-        measured[task.name] = {
-            scope: evaluate_run(
-                task,
-                Run.read(run_path(config.runs, config.split, task.name, scope)),
-                qrels,
-                pool_dids=pool_of[scope],
-            )
-            for scope in config.scopes
-        }
-    results = assemble_results(
-        measured,
-        stage=config.stage,
-        checkpoint={"path": config.checkpoint, "fingerprint": checkpoint_fingerprint(config.checkpoint)},
-        settings={"runs": _settings_of(config.runs), "split": config.split},
-        versions=library_versions(),
-    )
-    write_json(at(config.output) / "results.json", results)
-    return {"mean": results["mean"], "flags": results["flags"]}
+    return evaluation.evaluate(config, runtime, view)
 
 
 def report(config: ReportConfig, runtime: RuntimeSettings, view: View) -> Summary:
@@ -291,6 +265,14 @@ def report(config: ReportConfig, runtime: RuntimeSettings, view: View) -> Summar
     return {"page": str(at(config.output) / "report.html")}
 
 
+def compare(config: CompareConfig, runtime: RuntimeSettings, view: View) -> Summary:
+    """Evaluated systems → `compare.html`, `compare.json`."""
+    from umarvel_ray.evaluate.compare import build_comparison
+
+    summary = build_comparison(config, at(config.output))
+    return {"page": str(at(config.output) / "compare.html"), "sides": len(summary["sides"])}
+
+
 JOBS: dict[str, tuple[type[Config], Callable[[Any, RuntimeSettings, View], Summary]]] = {
     "train": (StageConfig, train),
     "embed": (EmbedConfig, embed),
@@ -299,6 +281,7 @@ JOBS: dict[str, tuple[type[Config], Callable[[Any, RuntimeSettings, View], Summa
     "rerank": (RerankConfig, rerank),
     "evaluate": (EvaluateConfig, evaluate),
     "report": (ReportConfig, report),
+    "compare": (CompareConfig, compare),
 }
 """By sub-command: what it is told, and what does it."""
 
@@ -367,7 +350,8 @@ def _owner(path: str) -> Place | None:
     return None
 
 
-def _settings_of(path: str) -> Any:
+def settings_of(path: str) -> Any:
+    """Settings of the job in whose folder `path` lies; None where no job owns it."""
     owner = _owner(path)
     return read_json(owner)["settings"] if owner else None
 

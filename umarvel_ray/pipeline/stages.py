@@ -52,17 +52,24 @@ def recipe(run: RunConfig) -> list[Job]:
     """All jobs of a run, in an order in which each finds what it reads."""
     plan = _Plan(run)
     stages, data = run.stages, run.data
-    mbeir = MbeirData(kind="mbeir", root=data.root)
+    mbeir = MbeirData(kind="mbeir", root=data.root, tasks=data.train_tasks)
 
     # 3.1 Progressive transition: text retrieval, cross-modal alignment, instruction tuning.
-    text = plan.train(
-        "text", "1a text retrieval", run.backbone, NliData(kind="nli", path=data.nli), stages.text
-    )
-    captions = CaptionData(kind="captions", path=data.captions, image_root=data.caption_images)
-    align = plan.train("align", "1b cross-modal alignment", text, captions, stages.align)
-    instruct = plan.train("instruct", "1c instruction tuning", align, mbeir, stages.instruct)
-    found = plan.retrieve("instruct", instruct, ("train", "test"), train_scope="global")
+    start = run.backbone
+    if stages.text is not None:
+        sentences = NliData(kind="nli", path=data.nli)
+        start = plan.train("text", "1a text retrieval", start, sentences, stages.text)
+    if stages.align is not None:
+        captions = CaptionData(kind="captions", path=data.captions, image_root=data.caption_images)
+        start = plan.train("align", "1b cross-modal alignment", start, captions, stages.align)
+    instruct = plan.train("instruct", "1c instruction tuning", start, mbeir, stages.instruct)
+    ends_here = set(run.columns) <= {"instruct"} and not run.controls
+    splits: tuple[Split, ...] = ("test",) if ends_here else ("train", "test")
+    found = plan.retrieve("instruct", instruct, splits, train_scope="global")
     plan.evaluate("instruct", "1c instruct", instruct, found)
+    if ends_here:
+        plan.report()
+        return plan.jobs
 
     # 3.2 Hard negatives, filtered, beside in-batch ones.
     negatives = plan.mine("negatives", found, "global", stages.hard.mining)
@@ -335,7 +342,11 @@ class _Plan:
             title=self._run.title,
             output=str(at(self._run.output) / "report"),
             data=self._run.data.root,
-            stages=tuple(self._columns),
+            # A gain counted from a column that the run leaves out is counted from the left neighbour.
+            stages=tuple(
+                column if column.baseline in names else column.model_copy(update={"baseline": None})
+                for column in self._columns
+            ),
             training=tuple(self._curves),
             mining=tuple(self._mining),
             fusion=tuple(self._fusion),

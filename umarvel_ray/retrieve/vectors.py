@@ -43,7 +43,7 @@ def import_vectors(
     if len(names) != len(matrix_ND):
         raise DataError(
             f"{vectors}: {len(matrix_ND)} vectors, but {ids} has {len(names)} ids. Give the ids of this "
-            f"matrix."
+            "matrix."
         )
     settings = {
         "vectors": [os.path.basename(vectors), file_fingerprint(vectors)],
@@ -61,9 +61,8 @@ def import_vectors(
         if len(odd := np.flatnonzero(~np.isfinite(part_ND).all(axis=1))):
             raise DataError(
                 f"{vectors}: {len(odd)} of rows {shard.start} to {shard.stop} are zero, NaN or infinite "
-                f"(first: row "
-                f"{shard.start + odd[0]}, {names[shard.start + odd[0]]}). Embed again; a narrow dtype may "
-                f"overflow."
+                f"(first: row {shard.start + odd[0]}, {names[shard.start + odd[0]]}). Embed again; a narrow "
+                "dtype may overflow."
             )
         write_shard(
             folder, shard, names[shard.start : shard.stop], part_ND, dtype="float32", fingerprint=name
@@ -91,7 +90,7 @@ def read_ids(path: str | os.PathLike, *, role: Literal["query", "candidate"]) ->
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: no list of ids ({' '.join(str(error).split())[:160]}). Give .npy, .json or one id a "
-            f"line."
+            "line."
         ) from None
 
 
@@ -112,7 +111,7 @@ def _open_matrix(path: Path) -> Any:
     if matrix.ndim != 2 or matrix.dtype.kind != "f":
         raise DataError(
             f"{path}: shape {matrix.shape}, {matrix.dtype}. Give a matrix of floating point, one vector a "
-            f"row."
+            "row."
         )
     return matrix
 

@@ -7,18 +7,18 @@ missing. Results are those of a search per task and pool.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from umarvel_ray.artifacts import atomic_write, fingerprint
-from umarvel_ray.data.trec import Run
+from umarvel_ray.artifacts import fingerprint
 from umarvel_ray.errors import ShardError
+from umarvel_ray.retrieve.hits import read_hits, write_hits, write_run
 from umarvel_ray.retrieve.store import EmbeddingPool, EmbeddingStore
 from umarvel_ray.runtime.cluster import RuntimeSettings
 from umarvel_ray.runtime.pool import run_actors
+from umarvel_ray.storage import Place
 
 SEGMENT_ROWS = 262_144
 """Candidates per segment: what a kill can cost one actor."""
@@ -37,19 +37,19 @@ class Wanted:
 
     queries: str
     pools: tuple[str, ...]
-    output: Path
+    output: Place
 
 
 @dataclass(frozen=True)
 class _Segment:
     """Rows of one pool, and the query stores that are scored against them."""
 
-    pool: Path
+    pool: Place
     start: int
     stop: int
-    queries: tuple[Path, ...]
+    queries: tuple[Place, ...]
     k: int
-    part: Path
+    part: Place
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,14 @@ class ScoringPlan:
         """The plan in one line."""
         return (
             f"{self.num_queries:,} queries × {self.num_candidates:,} candidates in {len(self.segments)} "
-            f"segments, one "
-            f"pass: {self.flops / 1e12:,.1f} TFLOP, {self.pool_bytes / 2**30:,.1f} GiB read, "
+            f"segments, one pass: {self.flops / 1e12:,.1f} TFLOP, {self.pool_bytes / 2**30:,.1f} GiB read, "
             f"{self.query_bytes / 2**30:,.1f} GiB of queries per actor, {self.scratch_bytes / 2**30:,.1f} "
-            f"GiB of scratch"
+            "GiB of scratch"
         )
 
 
 def plan_scoring(
-    embeddings: Path, wanted: Sequence[Wanted], *, k: int, scratch: Path, segment_rows: int = SEGMENT_ROWS
+    embeddings: Place, wanted: Sequence[Wanted], *, k: int, scratch: Place, segment_rows: int = SEGMENT_ROWS
 ) -> ScoringPlan:
     """Cut the pools into segments and count the work.
 
@@ -113,7 +112,7 @@ def plan_scoring(
         if store.dim != dim:
             raise ShardError(
                 f"{embeddings / name}: vectors of width {store.dim}, others have {dim}. Embed all with one "
-                f"checkpoint."
+                "checkpoint."
             )
     segments, products, pool_bytes, scratch_bytes = [], 0, 0, 0
     for name, store in pools.items():
@@ -132,7 +131,7 @@ def plan_scoring(
                     stop=stop,
                     queries=tuple(embeddings / query for query in asked),
                     k=k,
-                    part=scratch / f"{name.replace('/', '.')}.{key}.{start:010d}.npz",
+                    part=scratch / f"{name.replace('/', '.')}.{key}.{start:010d}.arrow",
                 )
             )
             products += num_asked * (stop - start)
@@ -151,12 +150,12 @@ def plan_scoring(
 
 
 def score_all(
-    embeddings: Path,
+    embeddings: Place,
     wanted: Sequence[Wanted],
     runtime: RuntimeSettings,
     *,
     k: int,
-    scratch: Path,
+    scratch: Place,
     segment_rows: int = SEGMENT_ROWS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ScoringPlan:
@@ -172,18 +171,18 @@ def score_all(
     total = sum(sizes.values())
     done = total - sum(sizes[str(segment.part)] for segment in missing)
     progress(done, total)
-    for answer in run_actors(missing, partial(ScoringWorker), runtime):
+    for answer in run_actors(missing, ScoringWorker, runtime):
         done += answer["rows"]
         progress(done, total)
-    of_pool: dict[Path, list[_Segment]] = {}
+    of_pool: dict[str, list[_Segment]] = {}
     for segment in plan.segments:
-        of_pool.setdefault(segment.pool, []).append(segment)
+        of_pool.setdefault(str(segment.pool), []).append(segment)
     for run in wanted:
         if not run.output.exists():
             _merge(embeddings, run, of_pool, k)
     for segment in plan.segments:
         segment.part.unlink(missing_ok=True)
-    if scratch.is_dir() and not any(scratch.iterdir()):
+    if isinstance(scratch, Path) and scratch.is_dir() and not any(scratch.iterdir()):
         scratch.rmdir()
     return plan
 
@@ -196,7 +195,7 @@ class ScoringWorker:
         import torch
 
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._held: tuple[tuple[Path, ...], Any] = ((), None)
+        self._held: tuple[tuple[Place, ...], Any] = ((), None)
 
     def __call__(self, segment: _Segment) -> dict[str, Any]:
         """Write the segment's best candidates: rows of its pool, and scores."""
@@ -214,41 +213,26 @@ class ScoringWorker:
             first_row=segment.start,
             device=self._device,
         )
-        with atomic_write(segment.part, "wb") as file:
-            np.savez(file, rows=best.rows_QK.astype(np.int32), scores=best.scores_QK)
+        write_hits(segment.part, best)
         return {"rows": segment.stop - segment.start}
 
 
-def _merge(embeddings: Path, run: Wanted, of_pool: Mapping[Path, Sequence[_Segment]], k: int) -> None:
+def _merge(embeddings: Place, run: Wanted, of_pool: Mapping[str, Sequence[_Segment]], k: int) -> None:
     """The run of one query store over its pools, from their segments."""
-    import pyarrow as pa
-
     from umarvel_ray.retrieve.search import TopK, merge_top_k
 
     pool = EmbeddingPool([embeddings / name for name in run.pools])
     queries = EmbeddingStore.open(embeddings / run.queries)
     best: TopK | None = None
     first_row = 0
-    for store in pool.stores:
-        for segment in of_pool[store.folder]:
-            before = segment.queries[: segment.queries.index(queries.folder)]
-            start = sum(len(EmbeddingStore.open(path)) for path in before)
-            with np.load(segment.part) as part:
-                mine = slice(start, start + len(queries))
-                found = TopK(part["scores"][mine], part["rows"][mine].astype(np.int64) + first_row)
+    for name, store in zip(run.pools, pool.stores, strict=True):
+        for segment in of_pool[str(embeddings / name)]:
+            place = segment.queries.index(embeddings / run.queries)
+            start = sum(len(EmbeddingStore.open(path)) for path in segment.queries[:place])
+            hits = read_hits(segment.part)
+            mine = slice(start, start + len(queries))
+            found = TopK(hits.scores_QK[mine], hits.rows_QK[mine].astype(np.int64) + first_row)
             best = found if best is None else merge_top_k([best, found], k)
         first_row += len(store)
     assert best is not None
-    num_queries, num_hits = best.rows_QK.shape
-    dids = pool.ids.take(pa.array(best.rows_QK.reshape(-1))).cast(pa.string())
-    offsets = np.arange(num_queries + 1, dtype=np.int32) * num_hits
-    scores = pa.array(np.ascontiguousarray(best.scores_QK).reshape(-1))
-    Run.from_table(
-        pa.table(
-            {
-                "qid": queries.ids,
-                "did": pa.ListArray.from_arrays(pa.array(offsets), dids),
-                "score": pa.ListArray.from_arrays(pa.array(offsets), scores),
-            }
-        )
-    ).write(run.output)
+    write_run(run.output, [best], qids=queries.ids, dids=pool.ids)
