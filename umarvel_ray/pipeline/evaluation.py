@@ -51,7 +51,6 @@ from umarvel_ray.pipeline.settings import EvaluateConfig
 from umarvel_ray.pipeline.vectors import Vectors
 from umarvel_ray.pipeline.versions import library_versions
 from umarvel_ray.pipeline.view import View
-from umarvel_ray.retrieve.embed import checkpoint_fingerprint
 from umarvel_ray.retrieve.fusion import fuse
 from umarvel_ray.retrieve.scores import Scores
 from umarvel_ray.retrieve.settings import RerankConfig, RerankRequest, run_path
@@ -476,6 +475,8 @@ class _Job:
             writer.write_table(table)
 
     def _checkpoint(self) -> dict[str, Any]:
+        from umarvel_ray.retrieve.embed import checkpoint_fingerprint
+
         path = self.config.checkpoint
         if path is None:
             return {"path": None, "fingerprint": None}
