@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,15 +44,11 @@ def data_fingerprint(path: str | os.PathLike) -> str:
     status = found.stat()
     known = fingerprint([str(found), status.st_size, status.st_mtime_ns])
     kept = cache_folder() / "fingerprints" / known
-    try:
+    if status.st_mtime_ns and kept.is_file():  # not every store tells a file's age
         return kept.read_text(encoding="utf-8")
-    except OSError:
-        name = file_fingerprint(found)
-    try:
-        with atomic_write(kept) as file:
-            file.write(name)
-    except OSError:  # a machine without a writable cache reads again
-        pass
+    name = file_fingerprint(found)
+    with suppress(OSError), atomic_write(kept) as file:  # a machine without a writable cache reads again
+        file.write(name)
     return name
 
 

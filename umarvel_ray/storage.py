@@ -17,6 +17,7 @@ import io
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -218,6 +219,7 @@ class RemotePath(os.PathLike):
             )
         prefix = f"{self._key}/"
         return {
+            # Some stores put a slash before the bucket.
             info.path.lstrip("/").removeprefix(prefix): FileStatus(info.size or 0, info.mtime_ns or 0)
             for info in sorted(found, key=lambda info: info.path)
             if info.type.name == "File" and info.base_name
@@ -296,7 +298,7 @@ def local_file(path: str | os.PathLike) -> Path:
     if isinstance(found, Path):
         return found
     status = found.stat()
-    target = cache_folder() / "objects" / _key_of(found, status) / found.name
+    target = cache_folder() / "objects" / _key_of(found, {"": status}) / found.name
     if target.is_file():
         os.utime(target)  # used: among the last to be dropped
         return target
@@ -324,8 +326,7 @@ def local_folder(path: str | os.PathLike) -> Path:
     if isinstance(found, Path):
         return found
     files = found.files()
-    key = hashlib.sha256(repr((str(found), files)).encode()).hexdigest()[:24]
-    target = cache_folder() / "objects" / key / (found.name or "root")
+    target = cache_folder() / "objects" / _key_of(found, files) / (found.name or "root")
     if target.is_dir():
         os.utime(target)
         return target
@@ -350,8 +351,11 @@ def local_model(path: str | os.PathLike) -> str:
     return text if text.startswith("hf://") or not is_remote(text) else str(local_folder(text))
 
 
-def _key_of(path: RemotePath, status: FileStatus) -> str:
-    return hashlib.sha256(f"{path}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()[:24]
+def _key_of(path: RemotePath, files: dict[str, FileStatus]) -> str:
+    """Names a copy by what it is a copy of. Of a file whose age is not told, no copy is used twice."""
+    if any(not status.st_mtime_ns for status in files.values()):
+        return uuid.uuid4().hex
+    return hashlib.sha256(repr((str(path), files)).encode()).hexdigest()[:24]
 
 
 @contextmanager

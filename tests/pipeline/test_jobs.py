@@ -3,9 +3,16 @@
 from pathlib import Path
 
 import pytest
-from fixtures_run import Lines, TinyRun
+from fixtures_run import Lines, TinyRun, rewrite
 
-from umarvel_ray.artifacts import claim_folder, finish_folder, is_finished, read_json, write_json
+from umarvel_ray.artifacts import (
+    changed_settings,
+    claim_folder,
+    finish_folder,
+    is_finished,
+    read_json,
+    write_json,
+)
 from umarvel_ray.errors import DataError, OutputError
 from umarvel_ray.pipeline import jobs
 from umarvel_ray.pipeline.jobs import claimed_settings, perform, seconds_of
@@ -52,6 +59,38 @@ def test_a_claim_does_not_name_its_own_folder(tiny: TinyRun, tmp_path):
     here, there = claims(tiny, tmp_path / "here"), claims(tiny, tmp_path / "there")
     assert here["train/text"] == there["train/text"]
     assert str(tmp_path) not in str(here["train/text"])
+
+
+def test_a_changed_data_file_is_refused_by_name(tiny: TinyRun, tmp_path):
+    """By content: a copy of another age is the same file, one of the same size with another byte is not."""
+    import os
+
+    world = tiny.copy(tmp_path / "copy")
+    jobs_by_name = {job.name: job for job in recipe(world.settings(tmp_path / "run"))}
+    readers = ["train/text", "train/instruct", "mine/negatives", "evaluate/instruct", "rerank/reranked"]
+    before = {name: claimed_settings(jobs_by_name[name].kind, jobs_by_name[name].config) for name in readers}
+    qrels = next((world.root / "qrels" / "test").glob("*.txt"))
+    queries = next((world.root / "query" / "train").glob("*.jsonl"))
+    content = queries.read_bytes()
+    rewrite(queries, content)
+    os.utime(queries, (1, 1))
+    assert before == {n: claimed_settings(jobs_by_name[n].kind, jobs_by_name[n].config) for n in readers}
+    age = qrels.stat().st_mtime_ns
+    for path in (queries, qrels, world.home / "world" / "nli" / "nli_for_simcse.csv"):
+        text = path.read_bytes()
+        rewrite(path, text[:-1] + (b" " if text[-1:] == b"\n" else b"\n"))
+    os.utime(qrels, ns=(age + 1, age + 1))
+    now = {name: claimed_settings(jobs_by_name[name].kind, jobs_by_name[name].config) for name in readers}
+    found = {name: [key for key, _, _ in changed_settings(before[name], now[name])] for name in readers}
+    train = f"data.query/train/{queries.name}"
+    test = f"data.qrels/test/{qrels.name}"
+    assert found["train/instruct"] == found["mine/negatives"] == [train]
+    assert found["evaluate/instruct"] == [test] and set(found["rerank/reranked"]) == {train, test}
+    assert found["train/text"] == [f"data.{world.home}/world/nli/nli_for_simcse.csv"]
+    job = jobs_by_name["evaluate/instruct"]
+    claim_folder(job.config.output, before["evaluate/instruct"])
+    with pytest.raises(OutputError, match=rf"1 differ \(first: {test}"):
+        perform("evaluate", job.config, LOCAL, Lines())
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from umarvel_ray.errors import DataError
-from umarvel_ray.retrieve.vectors import ids_beside, import_vectors, read_ids
+from umarvel_ray.retrieve.store import finish_store, plan_shards, write_shard
+from umarvel_ray.retrieve.vectors import export_vectors, ids_beside, import_vectors, read_ids
 
 
 def test_float16_vectors_become_unit_length_after_the_read(tmp_path):
@@ -23,6 +24,28 @@ def test_float16_vectors_become_unit_length_after_the_read(tmp_path):
     np.testing.assert_allclose(store.vectors(0, 5), expected, atol=1e-6)  # float32
     again = import_vectors(tmp_path / "mbeir_x_embed.npy", ids, tmp_path / "store", role="query")
     assert again.fingerprint == store.fingerprint
+
+
+def test_a_store_is_written_as_a_matrix_and_read_back(tmp_path):
+    rng = np.random.default_rng(0)
+    names = [f"7:{row}" for row in (3, 1, 9_999_999, 12, 5)]
+    unit_ND = rng.normal(size=(5, 6)).astype(np.float32)
+    unit_ND /= np.linalg.norm(unit_ND, axis=1, keepdims=True)
+    for shard in plan_shards(5, 2):
+        rows = slice(shard.start, shard.stop)
+        write_shard(tmp_path / "store", shard, names[rows], unit_ND[rows], dtype="float32", fingerprint="f")
+    store = finish_store(tmp_path / "store", plan_shards(5, 2), fingerprint="f", settings={})
+    export_vectors(store, tmp_path / "x.npy", tmp_path / "x_ids.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy", mmap_mode="r"), unit_ND)
+    assert np.load(tmp_path / "x_ids.npy").tolist() == names
+    export_vectors(store, tmp_path / "y_embed.npy", tmp_path / "y_ids.npy", role="candidate", dtype="float16")
+    assert np.load(tmp_path / "y_ids.npy").tolist() == [7 * 10_000_000 + int(n[2:]) for n in names]
+    ids = ids_beside(tmp_path / "y_embed.npy")
+    again = import_vectors(tmp_path / "y_embed.npy", ids, tmp_path / "again", role="candidate")
+    assert again.ids.to_pylist() == names
+    np.testing.assert_allclose(again.vectors(0, 5), unit_ND, atol=2.0**-11)  # half a unit of float16
+    with pytest.raises(DataError, match="numbers below 500000"):
+        export_vectors(store, tmp_path / "z.npy", tmp_path / "z_ids.npy", role="query")
 
 
 def test_every_form_of_ids(tmp_path):

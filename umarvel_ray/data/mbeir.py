@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -621,6 +621,25 @@ class Mbeir:
     def instructions_path(self) -> Place:
         """The table of task sentences."""
         return self.root / _INSTRUCTIONS
+
+    def files(self, split: str, tasks: Collection[str] | None = None) -> list[Place]:
+        """All files that say something about a split's queries, pools and judgements, those that are there.
+
+        Args:
+            split: train, val or test.
+            tasks: Names of val's and test's tasks; all by default. Training files mix tasks.
+        """
+        paths = [self.instructions_path()]
+        if split == "train":
+            paths += [self.union_training_queries_path(), self.global_pool_path(split)]
+            for dataset in self.training_datasets():
+                paths += [self.training_queries_path(dataset), self.training_qrels_path(dataset)]
+        else:
+            for task in self.tasks(split):
+                if tasks is None or task.name in tasks:
+                    paths += [self.queries_path(task, split), self.qrels_path(task, split)]
+                    paths.append(self.local_pool_path(task, split))
+        return [path for path in dict.fromkeys(paths) if path.is_file()]
 
     def queries(self, task: Task, split: str) -> QuerySet:
         """Open `queries_path`. Raises DataError where it is missing, as do all openers."""

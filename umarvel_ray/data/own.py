@@ -6,7 +6,7 @@ candidate: `did`, `txt`, `img_path`.
 """
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +43,10 @@ class RecordSource(Generic[RecordT]):
 
     def __getitem__(self, row: int) -> RecordT:
         return self.records[row]
+
+    def range(self, start: int, stop: int) -> Iterator[RecordT]:
+        """Records `start` to `stop` (exclusive)."""
+        return iter(self.records[start:stop])
 
     def where(self, row: int) -> str:
         """What to call `row` in messages."""

@@ -3,7 +3,7 @@
 A source's name is that of its embedding store, so every job finds what another wrote.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,6 +88,10 @@ class QuerySource:
 
     def __getitem__(self, row: int) -> Query:
         return with_instruction(self.record(row), self._instructions, choice=self.choice, seed=self.seed)
+
+    def range(self, start: int, stop: int) -> Iterator[Query]:
+        """Rows `start` to `stop` (exclusive)."""
+        return (self[row] for row in range(start, stop))
 
     def record(self, row: int) -> QueryRecord:
         """The query with its judgements, without instruction."""
@@ -216,6 +220,12 @@ class PoolSource:
 
     def __getitem__(self, row: int) -> Candidate:
         return self._file.candidate(row if self._rows is None else int(self._rows[row]))
+
+    def range(self, start: int, stop: int) -> Iterator[Candidate]:
+        """Rows `start` to `stop` (exclusive), read in blocks where they stand together."""
+        if self._rows is None:
+            return self._file.range(start, stop)
+        return (self[row] for row in range(start, stop))
 
     def where(self, row: int) -> str:
         """`file:line` of `row`, for messages."""

@@ -15,6 +15,7 @@ from umarvel_ray.artifacts import (
     DONE_FILE,
     JOB_FILE,
     claim_folder,
+    data_fingerprint,
     fingerprint,
     finish_folder,
     is_claimed,
@@ -331,7 +332,36 @@ def claimed_settings(kind: str, config: Config) -> dict[str, Any]:
     # A report's facts tell how the run went (times, machine): they describe it and decide nothing.
     settings = config.model_dump(mode="json", exclude={"output", "facts"})
     inputs = {path: fingerprint(read_json(owner)) for path in _paths(settings) if (owner := _owner(path))}
-    return {"job": kind, "settings": settings, "inputs": inputs}
+    data = _data_read(kind, config, [path for path in _paths(settings) if path not in inputs])
+    return {"job": kind, "settings": settings, "inputs": inputs, "data": data}
+
+
+def _data_read(kind: str, config: Any, paths: list[str]) -> dict[str, str]:
+    """Content of the data files that a job reads, by name, pictures apart.
+
+    A name for the content, not size and time: these differ between machines and copies of the same file, and
+    may agree though the content changed. Reading is cheap: a machine reads each file once, see
+    `data_fingerprint`.
+    """
+    found = {path: data_fingerprint(path) for path in paths if at(path).is_file()}
+    source = getattr(config, "data", config)
+    root, splits = getattr(source, "root", None), _splits_read(kind, config)
+    if root and splits and at(root).is_dir():
+        mbeir, tasks = Mbeir(root), getattr(config, "tasks", None)
+        for path in dict.fromkeys(path for split in splits for path in mbeir.files(split, tasks)):
+            found[str(path.relative_to(mbeir.root))] = data_fingerprint(path)
+    return found
+
+
+def _splits_read(kind: str, config: Any) -> tuple[str, ...]:
+    """Splits of M-BEIR whose files a job reads; a search reads embeddings alone."""
+    if kind in ("train", "mine"):
+        return ("train",)
+    if kind == "rerank":
+        return tuple(dict.fromkeys(request.split for request in config.requests))
+    if kind == "embed":
+        return config.splits
+    return (config.split,) if kind == "evaluate" else ()
 
 
 def _paths(value: Any) -> list[str]:

@@ -230,6 +230,10 @@ class RetrievalSettings(Config):
     """How every embedding and search job of a run works."""
 
     rows_per_shard: PositiveInt = 8192
+    window_rows: PositiveInt = 512
+    duplicates: Literal["once", "each"] = "once"
+    bad_items: Literal["fail", "skip"] = "fail"
+    max_bad_share: float = Field(default=0.001, ge=0, le=1)
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     max_tokens: PositiveInt = 8192
     depth: PositiveInt = 100

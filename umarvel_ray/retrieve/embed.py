@@ -10,9 +10,11 @@ import functools
 import hashlib
 import os
 import platform
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -41,6 +43,8 @@ from umarvel_ray.retrieve.store import (
 from umarvel_ray.storage import Place, at
 
 _COPIES = "copies.npy"
+_BLOCK_ROWS = 2048
+_FIGURES = ("written", "items", "tokens", "busy_s", "read_s", "peak_bytes", "reader_peak_bytes")
 _READER_FAULTS = (DataError, ValueError, TypeError)
 """What a record that cannot be read raises: ours, a tokenizer's, a decoder's. Anything else is a fault of the
 program or the machine, and goes up."""
@@ -158,6 +162,7 @@ class Window:
         items: Theirs.
         bad: The others.
         seconds: Spent on reading.
+        peak_bytes: Most memory that the process which read them ever held.
     """
 
     rows: list[int] = field(default_factory=list)
@@ -165,6 +170,7 @@ class Window:
     items: list[Any] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
     seconds: float = 0.0
+    peak_bytes: int = 0
 
 
 ReadWindows = Callable[[Source, Sequence[np.ndarray]], Iterable[Window]]
@@ -265,18 +271,28 @@ def digest_rows(source: Source, start: int, stop: int) -> np.ndarray:
     is like no other: who embeds it will say what is wrong.
     """
     digests = bytearray()
-    for row in range(start, stop):
-        try:
-            record = source[row]
-            name = _id_of(record)
-            key = content_key(record)
-            if isinstance(record, Query) and record.instruction:
-                key = hashlib.blake2b(key + record.instruction.encode(), digest_size=16).digest()
-        except DataError:
+    for row, record in enumerate(_records(source, start, stop), start=start):
+        key = None
+        if record is not None:
+            with suppress(DataError):  # its picture cannot be read
+                key = content_key(record)
+        if key is None:
             key = hashlib.blake2b(b"row\0%d" % row, digest_size=16).digest()
-            name = f"row {row}"
+        elif isinstance(record, Query) and record.instruction:
+            key = hashlib.blake2b(key + record.instruction.encode(), digest_size=16).digest()
+        name = f"row {row}" if record is None else _id_of(record)
         digests += key + hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return np.frombuffer(digests, dtype="<u8").reshape(-1, 3)
+
+
+def _records(source: Source, start: int, stop: int) -> Iterator[Query | Candidate | None]:
+    """Rows in order, None for one that cannot be read; by blocks, which is faster, where all can."""
+    for first in range(start, stop, _BLOCK_ROWS):
+        rows = range(first, min(first + _BLOCK_ROWS, stop))
+        try:
+            yield from list(source.range(rows.start, rows.stop))
+        except DataError:
+            yield from (_record_at(source, row) for row in rows)
 
 
 def find_copies(source: Source, digests: np.ndarray) -> np.ndarray:
@@ -306,11 +322,16 @@ def _refuse_repeated_ids(source: Source, digests: np.ndarray) -> None:
             )
 
 
-def _id_at(source: Source, row: int) -> str | None:
+def _record_at(source: Source, row: int) -> Query | Candidate | None:
     try:
-        return _id_of(source[row])
+        return source[row]
     except DataError:
         return None
+
+
+def _id_at(source: Source, row: int) -> str | None:
+    record = _record_at(source, row)
+    return None if record is None else _id_of(record)
 
 
 def read_copies(plan: StorePlan) -> np.ndarray | None:
@@ -366,7 +387,12 @@ def read_window(source: Source, rows: Sequence[int] | np.ndarray, builder: Build
         window.ids.append(name)
         window.items.append(item)
     window.seconds = time.perf_counter() - started
+    window.peak_bytes = _peak_bytes()
     return window
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def _id_of(record: Query | Candidate) -> str:
@@ -400,7 +426,7 @@ class EmbeddingWorker:
         Raises:
             DataError: A row is bad and the settings do not skip it.
         """
-        busy_s, read_s, tokens = 0.0, 0.0, 0
+        busy_s, read_s, tokens, reader_peak = 0.0, 0.0, 0, 0
         answer: dict[str, Any] = {
             "store": task.source.name,
             "shard": task.shard.index,
@@ -410,14 +436,7 @@ class EmbeddingWorker:
         }
         name = task.part_name if task.is_partial else task.shard.file_name
         if (found := _finished(task, name)) is not None:
-            return answer | {
-                "bad": len(found["bad"]),
-                "written": 0,
-                "items": 0,
-                "tokens": 0,
-                "busy_s": 0.0,
-                "read_s": 0.0,
-            }
+            return answer | dict.fromkeys(_FIGURES, 0) | {"bad": len(found["bad"])}
         rows: list[int] = []
         ids: list[str] = []
         bad: list[BadRow] = []
@@ -436,6 +455,7 @@ class EmbeddingWorker:
             bad += window.bad
             tokens += sum(item.num_tokens for item in window.items)
             read_s += window.seconds
+            reader_peak = max(reader_peak, window.peak_bytes)
         counts = {"embedded": len(rows), "tokens": tokens}
         # All rows of a shard may be bad, or copies of others: its width is then nobody's business.
         vectors_ND = np.concatenate(vectors) if vectors else np.empty((0, 1), dtype=np.float32)
@@ -451,6 +471,8 @@ class EmbeddingWorker:
             "tokens": tokens,
             "busy_s": busy_s,
             "read_s": read_s,
+            "peak_bytes": _peak_bytes(),
+            "reader_peak_bytes": reader_peak,
         }
 
     def _read_here(self, source: Source, windows: Sequence[np.ndarray]) -> Iterator[Window]:

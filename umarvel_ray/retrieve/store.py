@@ -562,7 +562,7 @@ def _checksum(ids: pa.Array, stored_ND: np.ndarray) -> str:
 
 def _vectors_of(batch: pa.RecordBatch) -> np.ndarray:
     column = batch.column(1)
-    return column.values.to_numpy(zero_copy_only=True).reshape(len(column), -1)
+    return column.values.to_numpy(zero_copy_only=True).reshape(len(column), column.type.list_size)
 
 
 def shard_metadata(path: Place) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Vectors that others computed: a `.npy` matrix and its ids become an embedding store.
+"""Vectors for and from others: a `.npy` matrix and its ids become an embedding store, and the other way.
 
 Ids are a `.npy` of strings or of UniIR's integers, a `.json` list, or a text file of one id a line.
 """
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from umarvel_ray.artifacts import file_fingerprint, fingerprint
+from umarvel_ray.artifacts import atomic_write, file_fingerprint, fingerprint
 from umarvel_ray.errors import DataError
 from umarvel_ray.retrieve.store import EmbeddingStore, finish_store, finished_shards, plan_shards, write_shard
 
@@ -68,6 +68,47 @@ def import_vectors(
             folder, shard, names[shard.start : shard.stop], part_ND, dtype="float32", fingerprint=name
         )
     return finish_store(folder, plan, fingerprint=name, settings=settings)
+
+
+def export_vectors(
+    store: EmbeddingStore,
+    vectors: str | os.PathLike,
+    ids: str | os.PathLike,
+    *,
+    role: Literal["query", "candidate"] | None = None,
+    dtype: Literal["float16", "float32"] = "float32",
+) -> None:
+    """Write a store as a `.npy` matrix and the `.npy` of its ids, for everyone's tools; shard by shard.
+
+    Args:
+        store: Of a job, or imported.
+        vectors: The matrix, (N, D).
+        ids: Its ids, (N,): strings, or UniIR's int64 where `role` says how.
+        role: What the ids are of.
+        dtype: Of the matrix.
+
+    Raises:
+        DataError: An id has no integer form.
+    """
+    names = store.ids.to_pylist()
+    numbers = np.array(names) if role is None else np.array([_integer_of(name, role) for name in names])
+    with atomic_write(ids, "wb") as file:
+        np.save(file, numbers, allow_pickle=False)
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (len(store), store.dim)}
+    with atomic_write(vectors, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for shard in store.shards:
+            file.write(store.vectors(shard.start, shard.stop).astype(dtype).tobytes())
+
+
+def _integer_of(name: str, role: Literal["query", "candidate"]) -> int:
+    factor = _QUERY_FACTOR if role == "query" else _CANDIDATE_FACTOR
+    dataset, _, number = name.partition(":")
+    if not (dataset.isascii() and dataset.isdigit() and number.isascii() and number.isdigit()):
+        raise DataError(f"{name!r} is no id of M-BEIR, D:N, so UniIR has no integer for it. Export strings.")
+    if int(number) >= factor:
+        raise DataError(f"{name!r}: UniIR's integers hold numbers below {factor}. Export strings.")
+    return int(dataset) * factor + int(number)
 
 
 def read_ids(path: str | os.PathLike, *, role: Literal["query", "candidate"]) -> list[str]:

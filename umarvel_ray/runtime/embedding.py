@@ -7,6 +7,7 @@ one, the other's windows are being read. A shard is written by the encoder that 
 
 import functools
 import logging
+import threading
 import time
 import uuid
 from collections import deque
@@ -43,6 +44,8 @@ from umarvel_ray.runtime.pool import run_pool, run_tasks
 _log = logging.getLogger(__name__)
 _PATIENCE_S = 30.0
 """After which a window that nobody reads is read by the encoder itself."""
+_READING_HERE = threading.Lock()
+"""Tokenizers do not bear two threads."""
 _DIGEST_ROWS = 16384
 """Rows of one task that looks for copies."""
 
@@ -63,6 +66,8 @@ class Progress:
         busy_s: Seconds that encoders computed, all together.
         read_s: Seconds that readers read.
         workers: Encoders that wrote a shard.
+        encoder_peak_bytes: Most memory that one of them held.
+        reader_peak_bytes: Most memory that one reader held.
     """
 
     rows: int = 0
@@ -76,6 +81,8 @@ class Progress:
     busy_s: float = 0.0
     read_s: float = 0.0
     workers: set[str] = field(default_factory=set)
+    encoder_peak_bytes: int = 0
+    reader_peak_bytes: int = 0
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -111,6 +118,8 @@ class Progress:
             "encoder_seconds": round(self.busy_s, 3),
             "reader_seconds": round(self.read_s, 3),
             "encoders": len(self.workers),
+            "encoder_peak_bytes": self.encoder_peak_bytes,
+            "reader_peak_bytes": self.reader_peak_bytes,
             "seconds": round(self.seconds, 3),
         }
 
@@ -158,7 +167,9 @@ def embed_stores(
     if runtime.kind == "ray" and model.builder is not None:
         read = _ReadAhead(model.builder, runtime.readers)
     progress.started = time.perf_counter()
-    for answer in run_pool(tasks, functools.partial(EmbeddingWorker, model, read), runtime, calls_at_once=2):
+    for answer in run_pool(
+        tasks, functools.partial(EmbeddingWorker, model, read), runtime, calls_at_once=2 if read else 1
+    ):
         progress.rows_done += answer["rows"]
         progress.items += answer["items"]
         progress.tokens += answer["tokens"]
@@ -167,6 +178,8 @@ def embed_stores(
         progress.busy_s += answer["busy_s"]
         progress.read_s += answer["read_s"]
         progress.workers.add(answer["worker"])
+        progress.encoder_peak_bytes = max(progress.encoder_peak_bytes, answer["peak_bytes"])
+        progress.reader_peak_bytes = max(progress.reader_peak_bytes, answer["reader_peak_bytes"])
         refuse_too_many_bad(config, progress.bad, progress.rows)
         on_progress(progress)
 
@@ -253,7 +266,8 @@ class _ReadAhead:
             # Encoders may have taken every CPU there is: readers would wait for them, and they for readers.
             _log.warning("no CPU came free for readers: this encoder reads for itself")
             ray.cancel(reference)
-            window, self._patience_s = _read(*arguments), _PATIENCE_S / 30
+            with _READING_HERE:
+                window, self._patience_s = _read(*arguments), _PATIENCE_S / 30
         if isinstance(window, UmarvelError):
             raise window
         return window
