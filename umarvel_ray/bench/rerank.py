@@ -40,7 +40,7 @@ _SMALL = {
     "vision_embed_dim": 128,
     "vision_depth": 3,
 }
-_QWEN2_VL_7B = {
+QWEN2_VL_7B = {
     "hidden_size": 3584,
     "num_layers": 28,
     "num_heads": 28,
@@ -116,7 +116,7 @@ def _load(case: Case) -> tuple[Any, Any, str]:
     else:
         # Weights are drawn where they stay: saved and read, 15 GB would pass through the disk.
         config = AutoConfig.from_pretrained(folder / "backbone")
-        _enlarge(config, _QWEN2_VL_7B)
+        enlarge(config, QWEN2_VL_7B)
         torch.manual_seed(0)
         kept = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
@@ -127,7 +127,8 @@ def _load(case: Case) -> tuple[Any, Any, str]:
     return model.eval().requires_grad_(False), tokenizer, str(folder)
 
 
-def _enlarge(config: Any, shape: dict[str, int]) -> None:
+def enlarge(config: Any, shape: dict[str, int]) -> None:
+    """Give a small backbone's configuration the sizes of a large one."""
     text, vision = config.text_config, config.vision_config
     text.hidden_size, text.intermediate_size = shape["hidden_size"], shape["intermediate_size"]
     text.num_hidden_layers, text.num_attention_heads = shape["num_layers"], shape["num_heads"]

@@ -154,7 +154,16 @@ def _work(config: Config, mbeir: Mbeir) -> str:
             if config.train.num_steps
             else f"{config.train.num_epochs} epochs"
         )
-        return f"{length} of {config.train.batch_size} queries, {config.train.trainable}, seed {config.seed}"
+        batch = config.train.batch_size
+        negatives = ""
+        if config.model == "encoder" and config.loss.kind == "info_nce" and config.loss.negatives == "batch":
+            hard = (
+                (getattr(config.data, "num_negatives", None) or 0)
+                if getattr(config.data, "lists", None)
+                else 0
+            )
+            negatives = f", up to {batch * (1 + hard) - 1:,} negatives each"
+        return f"{length} of {batch} queries{negatives}, {config.train.trainable}, seed {config.seed}"
     if isinstance(config, EmbedConfig):
         sources = {}  # by name: val and test share pools
         for split in config.splits:
