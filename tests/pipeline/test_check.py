@@ -72,7 +72,7 @@ def test_the_plan_tells_every_job_and_starts_none(tiny: TinyRun, tmp_path):
     for said in (
         "title: tiny run",
         "train/text",
-        "4 steps of 8 queries, full",
+        "4 steps of 8 queries, up to 7 negatives each, full",
         "embed/hard",
         "mine/negatives",
         "evaluate/distil_reranked",

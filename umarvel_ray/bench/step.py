@@ -221,9 +221,8 @@ class _Real:
         )  # fmt: skip
         large = case["kind"] == "7B"
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.encoder = (
-            _draw_7b(folder / "backbone") if large else Encoder.load(folder / "backbone", device=device)
-        )
+        backbone = folder / "backbone"
+        self.encoder = _draw_7b(backbone) if large else Encoder.load(backbone, device=device)
         torch.manual_seed(0)
         lora = LoraSettings(rank=128 if large else 16, alpha=256 if large else 32, dropout=0.0)
         self.encoder.set_trainable("lora", lora, learn_temperature=True)
