@@ -157,11 +157,8 @@ def _work(config: Config, mbeir: Mbeir) -> str:
         batch = config.train.batch_size
         negatives = ""
         if config.model == "encoder" and config.loss.kind == "info_nce" and config.loss.negatives == "batch":
-            hard = (
-                (getattr(config.data, "num_negatives", None) or 0)
-                if getattr(config.data, "lists", None)
-                else 0
-            )
+            listed = isinstance(config.data, MbeirData) and config.data.lists is not None
+            hard = config.data.num_negatives or 0 if listed else 0  # type: ignore[union-attr]
             negatives = f", up to {batch * (1 + hard) - 1:,} negatives each"
         return f"{length} of {batch} queries{negatives}, {config.train.trainable}, seed {config.seed}"
     if isinstance(config, EmbedConfig):
