@@ -24,7 +24,7 @@ from umarvel_ray.pipeline.view import View, short_time
 from umarvel_ray.retrieve.settings import EmbedConfig, RerankConfig, RerankRequest, SearchConfig
 from umarvel_ray.runtime.cluster import exposures
 from umarvel_ray.storage import at
-from umarvel_ray.train.settings import StageConfig
+from umarvel_ray.train.settings import MbeirData, StageConfig
 
 RUN_FILE = "run.json"
 """A run's claim on its folder."""
@@ -157,8 +157,8 @@ def _work(config: Config, mbeir: Mbeir) -> str:
         batch = config.train.batch_size
         negatives = ""
         if config.model == "encoder" and config.loss.kind == "info_nce" and config.loss.negatives == "batch":
-            listed = isinstance(config.data, MbeirData) and config.data.lists is not None
-            hard = config.data.num_negatives or 0 if listed else 0  # type: ignore[union-attr]
+            data = config.data
+            hard = data.num_negatives or 0 if isinstance(data, MbeirData) and data.lists else 0
             negatives = f", up to {batch * (1 + hard) - 1:,} negatives each"
         return f"{length} of {batch} queries{negatives}, {config.train.trainable}, seed {config.seed}"
     if isinstance(config, EmbedConfig):
