@@ -8,6 +8,7 @@ from umarvel_ray.config import load_config
 from umarvel_ray.pipeline.run import load_job, load_run
 from umarvel_ray.pipeline.settings import RunConfig
 from umarvel_ray.pipeline.stages import Job, recipe
+from umarvel_ray.pipeline.sweep import load_sweep, plan_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted(CONFIGS.glob("mbeir_*.yaml"))
@@ -132,3 +133,24 @@ def test_the_experiment_on_workers_needs_the_gradient_cache():
     settings, runtime = load_job("train", CONFIGS / "workers_demo.yaml", ["runtime.num_workers=4"])
     assert settings.train.batch_size == 1024 and runtime.num_workers == 4
     assert settings.train.validation is not None and settings.train.max_tokens < 1024 * 40
+
+
+@pytest.mark.parametrize(("number", "rows"), [(3, 3), (4, 9), (5, 4)])
+def test_the_papers_tables_are_sweeps_over_its_run(number, rows):
+    sweep = load_sweep(CONFIGS / "qwen2vl_7b" / f"table{number}.yaml", [])
+    cells = plan_sweep(sweep)
+    assert len(cells) == rows
+    assert len({cell.results for cell in cells}) == rows
+    if number == 4:  # of each row: batch, rate, whether the temperature is learned
+        trains = [next(j.config for j in c.jobs if j.name == "train/instruct").train for c in cells]  # type: ignore[attr-defined]
+        assert [(t.batch_size, t.learning_rate, t.learn_temperature) for t in trains] == [
+            (480, 1e-4, False),
+            (1920, 1e-4, False),
+            (1920, 2e-4, False),
+            (3840, 2.8e-4, False),
+            (3840, 4e-4, False),
+            (5760, 6e-4, False),
+            (7680, 6e-4, False),
+            (3840, 4e-4, True),
+            (7680, 4e-4, True),
+        ]
