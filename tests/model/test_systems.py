@@ -9,7 +9,14 @@ from PIL import Image
 from umarvel_ray.config import build_config
 from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.errors import CheckpointError
-from umarvel_ray.model.systems import STYLES, OurSystem, TowersSystem, load_embedder
+from umarvel_ray.model.settings import EncoderSettings
+from umarvel_ray.model.systems import (
+    STYLES,
+    OurSystem,
+    SentenceTransformerSystem,
+    TowersSystem,
+    load_embedder,
+)
 from umarvel_ray.retrieve.settings import EmbedConfig
 
 
@@ -121,6 +128,33 @@ def test_a_folder_of_another_kind_is_named(tmp_path, backbone):
         load_embedder(str(tmp_path / "empty"), TowersSystem(kind="towers"))
     with pytest.raises(CheckpointError, match=r"no text and image towers|not a Transformers model"):
         load_embedder(backbone, TowersSystem(kind="towers"))
+
+
+@pytest.mark.slow
+def test_a_sentence_transformer_is_fed_texts_pictures_and_both(backbone, pictures, tmp_path):
+    """Our own checkpoint in that library's form gives our own vectors, prompts included."""
+    pytest.importorskip("sentence_transformers")
+    from umarvel_ray.export.formats import export
+
+    ours = load_embedder(backbone, OurSystem(encoder=EncoderSettings()))
+    ours.save(tmp_path / "checkpoint")
+    export(str(tmp_path / "checkpoint"), tmp_path / "theirs", format="sentence-transformers")
+    system = SentenceTransformerSystem(kind="sentence_transformers", trust_remote_code=True)
+    theirs = load_embedder(str(tmp_path / "theirs"), system)
+    records = [
+        Query("q1", txt="a red kite", instruction="Find a photo."),
+        Query("q2", txt="which boat?", img_path=pictures["boat"], instruction="Answer."),
+        Candidate("c1", img_path=pictures["kite"]),
+        Candidate("c2", txt="The tower stands."),
+        Candidate("c3", txt="A hill.", img_path=pictures["hill"]),
+    ]
+    vectors = [model.embed_items([model.builder.build(r) for r in records]) for model in (ours, theirs)]
+    torch.testing.assert_close(vectors[0], vectors[1], atol=1e-5, rtol=0)  # float32, other batches
+    summed = load_embedder(str(tmp_path / "theirs"), system.model_copy(update={"fusion": "sum"}))
+    both = summed.embed_items([summed.builder.build(records[4])])
+    parts = [Candidate("t", txt="A hill."), Candidate("i", img_path=pictures["hill"])]
+    text, image = summed.embed_items([summed.builder.build(part) for part in parts])
+    torch.testing.assert_close(both[0], torch.nn.functional.normalize(text + image, dim=0), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("style", sorted(STYLES))

@@ -1,6 +1,7 @@
 """The evaluation job: the same figures whatever it starts from, and gates before any figure."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,71 @@ def test_own_data_needs_two_files_and_a_folder(tiny, tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def sets(tiny, tmp_path_factory):
+    """Three small sets in their authors' layouts, over pictures of the tiny world."""
+    root = tmp_path_factory.mktemp("sets")
+    pool = Mbeir(tiny.root).local_pool(TASK_BY_NAME["mscoco_task0"], "test")
+    pictures = [Path(str(pool.candidate(row).img_path)) for row in range(4)]
+    words = ["A red circle.", "A blue square.", "Two things.", "A star."]
+
+    def put(path, value):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(json.dumps(value))
+
+    def place(path, picture):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, root / path)
+
+    rows = [{"image_name": f"{n}.png", "caption": text} for n, text in enumerate(words)]
+    put("sharegpt4v/datas_for_validation.json", rows)
+    info = [{"id": n, "file_name": f"{n}.png"} for n in range(60)]
+    put("circo/annotations/image_info_unlabeled2017.json", {"images": info})
+    put("circo/annotations/test.json", [{"id": 7, "reference_img_id": 1, "relative_caption": "with a star"}])
+    for n in range(60):
+        place(f"circo/images/unlabeled2017/{n}.png", pictures[n % 4])
+    for n, picture in enumerate(pictures):
+        place(f"sharegpt4v/val_data/{n}.png", picture)
+        place(f"images/val2017/{n}.png", picture)
+    for name in ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj"):
+        pairs = {
+            str(n): {"filename": f"{n}.png", "caption": words[n], "negative_caption": words[n - 1]}
+            for n in range(4)
+        }
+        put(f"sugar-crepe/data/{name}.json", pairs)
+    return root
+
+
+def test_zero_shot_sets_go_through_the_same_door(sets, tiny, tmp_path):
+    zeroshot = {"root": str(sets), "sets": ["sharegpt4v", "circo_test", "sugarcrepe"]}
+    values = {"checkpoint": str(tiny.home / "backbone"), "zeroshot": zeroshot, "depth": 50}
+    document = run(tmp_path / "plain", **values)
+    tasks, figures_of_sets = document["tasks"], document["settings"]["sets"]
+    assert len(tasks) == 2 + 7 and "circo test" not in tasks
+    answers = read_json(tmp_path / "plain" / "submissions" / "circo_test.json")
+    assert list(answers) == ["7"] and len(answers["7"]) == 50 and len(set(answers["7"])) == 50
+    seven = [entry["local"]["hit@1"] for name, entry in tasks.items() if name.startswith("sugarcrepe")]
+    assert figures_of_sets["sugarcrepe"]["macro"] == pytest.approx(np.mean(seven))
+    assert document["settings"]["data"]["ties"]["sugarcrepe: add_att"] == "lost"
+    assert document["settings"]["prompts"]["sharegpt4v: image → text"] == [
+        "Find an image caption describing the following everyday image."
+    ]
+    # With all the weight on the recall, re-ranking the whole pool changes nothing.
+    again = run(
+        tmp_path / "again",
+        **values,
+        rerank={"checkpoint": str(tiny.home / "backbone"), "depth": 60, "alpha": 1.0},
+    )
+    assert again["tasks"] == tasks
+    judged = run(
+        tmp_path / "judged",
+        **values,
+        rerank={"checkpoint": str(tiny.home / "backbone"), "depth": 60, "alpha": 0.0},
+    )
+    assert judged["settings"]["rerank"]["alpha"] == 0.0
+    assert judged["tasks"].keys() == tasks.keys()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -220,8 +286,6 @@ def test_broken_vectors_never_get_a_figure(change, message, from_model, tiny, tm
 
 
 def test_vectors_of_two_checkpoints_are_refused(from_model, tiny, tmp_path):
-    import shutil
-
     mixed = tmp_path / "mixed"
     shutil.copytree(from_model[0] / "embeddings", mixed)
     manifest = next((mixed / "pools").rglob("manifest.json"))
