@@ -186,5 +186,19 @@ def test_histograms_hold_each_querys_best_right_and_best_wrong():
     found = score_histograms(run, {"a": {"r": 1}, "b": {"x": 1}})
     assert found is not None and sum(found["positives"]) == 1 and sum(found["wrong"]) == 2
     edges = np.array(found["bin_edges"])
-    assert edges[np.flatnonzero(found["positives"])[0]] == pytest.approx(0.9, abs=0.026)
+    assert edges[np.flatnonzero(found["positives"])[0]] == pytest.approx(0.9, abs=0.0051)
     assert score_histograms(Run(["a"], [["r"]], [[7.0]]), {"a": {"r": 1}}) is None
+
+
+def test_histograms_of_several_tasks_join_on_one_axis():
+    from umarvel_ray.evaluate.panels import _joined
+
+    kept = [
+        score_histograms(Run(["a"], [["r", "w"]], [[high, low]]), {"a": {"r": 1}})
+        for high, low in ((0.9, 0.4), (0.5, -0.2), (0.9, 0.4))
+    ]
+    edges, right, wrong = _joined([h for h in kept if h is not None])
+    assert len(edges) <= 49 and (right.sum(), wrong.sum()) == (3, 3)
+    for scores, counts in (([0.9, 0.5, 0.9], right), ([0.4, -0.2, 0.4], wrong)):
+        expected = np.histogram(np.array(scores, dtype=np.float32), edges)[0]
+        np.testing.assert_array_equal(counts, expected)

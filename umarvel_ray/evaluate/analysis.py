@@ -13,7 +13,8 @@ from umarvel_ray.data.mbeir import DATASETS, DOMAINS, dataset_id_of
 from umarvel_ray.data.trec import Run
 from umarvel_ray.errors import DataError
 
-_EDGES = np.linspace(-1, 1, 81)
+BIN_WIDTH = 0.005
+"""Of score histograms; their edges are whole multiples of it."""
 
 
 class PoolIndex:
@@ -162,7 +163,8 @@ def error_kinds(
 
 
 def score_histograms(run: Run, qrels: Mapping[str, Mapping[str, int]]) -> dict[str, list[float]] | None:
-    """Scores of each query's best positive and of its best wrong candidate, as counts over `bin_edges`.
+    """Scores of each query's best positive and of its best wrong candidate, as counts over `bin_edges`:
+    bins of `BIN_WIDTH`, as far as there are scores.
 
     None where a score lies outside −1 … 1, as no cosine and no fusion of one with a probability does.
     """
@@ -176,10 +178,12 @@ def score_histograms(run: Run, qrels: Mapping[str, Mapping[str, int]]) -> dict[s
     values = np.array([*right, *wrong])
     if not len(values) or np.abs(values).max() > 1 + 1e-6:
         return None
+    first, last = np.floor(values.min() / BIN_WIDTH), np.floor(values.max() / BIN_WIDTH) + 1
+    edges = np.arange(first, last + 1) * BIN_WIDTH
     return {
-        "bin_edges": [round(float(edge), 4) for edge in _EDGES],
-        "positives": np.histogram(np.clip(right, -1, 1), _EDGES)[0].tolist(),
-        "wrong": np.histogram(np.clip(wrong, -1, 1), _EDGES)[0].tolist(),
+        "bin_edges": [round(float(edge), 4) for edge in edges],
+        "positives": np.histogram(right, edges)[0].tolist(),
+        "wrong": np.histogram(wrong, edges)[0].tolist(),
     }
 
 

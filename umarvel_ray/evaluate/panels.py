@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from umarvel_ray.evaluate.analysis import BIN_WIDTH
 from umarvel_ray.evaluate.figures import histogram
 
+_MOST_BINS = 48
 MODALITIES = ("text", "image", "image,text")
 
 
@@ -45,12 +47,11 @@ def score_panels(documents: Sequence[Mapping[str, Any]], titles: Sequence[str], 
         kept = [h for entry in document["tasks"].values() if (h := entry.get(pool, {}).get("histograms"))]
         if not kept:
             continue
-        edges = kept[0]["bin_edges"]
-        right, wrong = (np.sum([h[name] for h in kept], axis=0) for name in ("positives", "wrong"))
+        edges, right, wrong = _joined(kept)
         middle = int(np.searchsorted(np.cumsum(right), right.sum() / 2))
         overlap = float(wrong[middle:].sum() / max(wrong.sum(), 1))
         plot = histogram(
-            edges,
+            edges.tolist(),
             {"dropped": wrong.tolist(), "positives": right.tolist()},
             stacked=["dropped"],
             marks={},
@@ -59,6 +60,21 @@ def score_panels(documents: Sequence[Mapping[str, Any]], titles: Sequence[str], 
         )
         panels.append(Scores(title, plot, overlap))
     return panels
+
+
+def _joined(kept: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(edges, right, wrong) of several histograms together, in at most `_MOST_BINS` bins."""
+    starts = [round(h["bin_edges"][0] / BIN_WIDTH) for h in kept]
+    low = min(starts)
+    num = max(start - low + len(h["wrong"]) for start, h in zip(starts, kept, strict=True))
+    group = -(-num // _MOST_BINS)
+    totals = np.zeros((2, -(-num // group) * group))
+    for start, h in zip(starts, kept, strict=True):
+        place = slice(start - low, start - low + len(h["wrong"]))
+        totals[0, place] += h["positives"]
+        totals[1, place] += h["wrong"]
+    right, wrong = totals.reshape(2, -1, group).sum(axis=2)
+    return (low + group * np.arange(len(right) + 1)) * BIN_WIDTH, right, wrong
 
 
 def error_panels(documents: Sequence[Mapping[str, Any]], titles: Sequence[str]) -> list[Errors]:
