@@ -241,3 +241,45 @@ def mbeir_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
     )
     return root
+
+
+def make_towers(folder: Path, kind: str) -> str:
+    """A random CLIP or SigLIP of one layer a tower, in the layout that Transformers reads."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        PreTrainedTokenizerFast,
+        SiglipConfig,
+        SiglipImageProcessor,
+        SiglipModel,
+    )
+
+    words = ["<pad>", "<unk>", "<end>", "a", "red", "kite", "blue", "boat", "find", "photo"]
+    tokenizer = Tokenizer(models.WordLevel({word: row for row, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>"
+    ).save_pretrained(folder)
+    layers = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = layers | {
+        "vocab_size": len(words),
+        "max_position_embeddings": 8,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    vision = layers | {"image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    size = {"height": 16, "width": 16}
+    if kind == "clip":
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(
+            folder
+        )
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size).save_pretrained(folder)
+    else:
+        text |= {"projection_size": 16}
+        SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+        SiglipImageProcessor(size=size).save_pretrained(folder)
+    return str(folder)

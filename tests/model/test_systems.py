@@ -4,6 +4,7 @@ named."""
 import numpy as np
 import pytest
 import torch
+from fixtures_model import make_towers
 from PIL import Image
 
 from umarvel_ray.config import build_config
@@ -18,47 +19,6 @@ from umarvel_ray.model.systems import (
     load_embedder,
 )
 from umarvel_ray.retrieve.settings import EmbedConfig
-
-
-def make_towers(folder, kind: str) -> str:
-    """A random CLIP or SigLIP of one layer a tower, in the layout that Transformers reads."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        CLIPConfig,
-        CLIPImageProcessor,
-        CLIPModel,
-        PreTrainedTokenizerFast,
-        SiglipConfig,
-        SiglipImageProcessor,
-        SiglipModel,
-    )
-
-    words = ["<pad>", "<unk>", "<end>", "a", "red", "kite", "blue", "boat", "find", "photo"]
-    tokenizer = Tokenizer(models.WordLevel({word: row for row, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>"
-    ).save_pretrained(folder)
-    layers = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = layers | {
-        "vocab_size": len(words),
-        "max_position_embeddings": 8,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    vision = layers | {"image_size": 16, "patch_size": 8}
-    torch.manual_seed(0)
-    size = {"height": 16, "width": 16}
-    if kind == "clip":
-        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(
-            folder
-        )
-        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size).save_pretrained(folder)
-    else:
-        text |= {"projection_size": 16}
-        SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
-        SiglipImageProcessor(size=size).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module", params=["clip", "siglip"])

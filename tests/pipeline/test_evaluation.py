@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from fixtures_model import make_towers
 from fixtures_run import Lines
 
 from umarvel_ray.artifacts import read_json
@@ -172,6 +173,40 @@ def test_own_data_needs_two_files_and_a_folder(tiny, tmp_path):
     assert (
         entry["headline"] == "hit@5" and entry["local"]["hit@5"] == 1.0 and entry["local"]["pool_size"] == 3
     )
+
+
+def test_a_stranger_compares_clip_with_ours_by_two_commands(from_model, tiny, tmp_path, capsys):
+    """The README's, on the tiny world: a CLIP folder is evaluated, then both stand on one page."""
+    from umarvel_ray.cli import main
+
+    clip = make_towers(tmp_path / "clip", "clip")
+    configs = Path(__file__).parents[2] / "configs"
+    shared = [
+        f"root={tiny.root}",
+        f"tasks={json.dumps(TASKS)}",
+        "depth=10",
+        "dtype=float32",
+        "scopes=[local,global]",
+    ]
+    main(
+        [
+            *("evaluate", str(configs / "evaluate/model.yaml"), "stage=CLIP", f"checkpoint={clip}"),
+            *("model={kind: towers}", f"output={tmp_path / 'ours'}", *shared),
+        ]
+    )
+    sides = json.dumps([{"folder": str(from_model[0])}, {"folder": str(tmp_path / "ours")}])
+    main(
+        [
+            *("compare", str(configs / "jobs/compare.yaml"), f"sides={sides}"),
+            *(f"output={tmp_path / 'compared'}", "published=false"),
+        ]
+    )
+    page = (tmp_path / "compared" / "compare.html").read_text()
+    assert "CLIP" in page and "Which queries changed" in page and "What CLIP retrieves" in page
+    summary = read_json(tmp_path / "compared" / "compare.json")
+    assert {entry["task"] for entry in summary["tasks"]} == set(TASKS)
+    assert any(item["key"] == "settings.model.kind" for item in summary["settings_that_differ"])
+    assert "page: " in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
