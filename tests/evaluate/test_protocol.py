@@ -157,6 +157,17 @@ def test_a_copy_that_was_found_is_counted(tmp_path):
             saved += bool({content[did] for did in right} & {content[did] for did in dids[:5]})
     assert counts == {"queries_missed": missed, "queries_missed_but_copy_found": saved}
     assert saved > 0 and len(asked) < 30 * 40  # only what missing queries need is looked at
+    num_asked = len(asked)
+    asked.clear()
+    rough = {did: key[0] % 2 for did, key in content.items()}
+    again = twin_counts(
+        world.run,
+        world.qrels,
+        5,
+        lambda did: asked.append(did) or content.get(did),
+        lambda did: rough.get(did),
+    )
+    assert again == counts and len(asked) < num_asked
 
 
 def test_kinds_of_error_by_hand():

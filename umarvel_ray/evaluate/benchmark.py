@@ -8,7 +8,7 @@ otherwise never reach 1.
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,6 +97,7 @@ def evaluate_run(
     *,
     pool_dids: Collection[str] | PoolIndex | None = None,
     content_key: Callable[[str], bytes | None] | None = None,
+    rough_key: Callable[[str], Hashable | None] | None = None,
 ) -> dict[str, Any]:
     """Score one task's run on one pool.
 
@@ -108,6 +109,7 @@ def evaluate_run(
             Anything with a fast `in` (a set, a mapping) is used as it is; a list is hashed first. A
             `PoolIndex` also tells which kinds of error were made.
         content_key: did → a key that copies share; finds queries that miss though a copy was found.
+        rough_key: See `twin_counts`.
 
     Returns:
         `num_queries`, the metrics (`hit@1` …, `recall@` of the headline's k, `ndcg@10`, `map@10`, `mrr@10`),
@@ -152,7 +154,7 @@ def evaluate_run(
     result["ties_lost"], result["ties_won"] = tie_bounds(run, qrels, task.headline_k)
     result["histograms"] = score_histograms(run, qrels)
     if content_key is not None:
-        result["copies"] = twin_counts(run, qrels, task.headline_k, content_key)
+        result["copies"] = twin_counts(run, qrels, task.headline_k, content_key, rough_key)
     if isinstance(pool, PoolIndex):
         result["errors"] = error_kinds(run, qrels, pool, modality=task.candidate_modality, domain=task.domain)
 

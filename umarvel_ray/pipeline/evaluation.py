@@ -105,6 +105,16 @@ class _Job:
             except DataError:  # OVEN's and InfoSeek's judgements name candidates of one another's pools
                 return None
 
+        @cache
+        def rough_key_of(did: str) -> tuple[str | None, int] | None:
+            try:
+                candidate = reader.candidate(did)
+                # Pictures of different sizes are different: few are read to the end.
+                size = at(candidate.img_path).stat().st_size if candidate.img_path else 0
+            except (DataError, OSError):
+                return None
+            return candidate.txt, size
+
         measured: dict[str, dict[Any, Any]] = {}
         for task in tasks:
             qrels = mbeir.qrels(task, config.split)
@@ -121,6 +131,7 @@ class _Job:
                         qrels,
                         pool_dids=index(tuple(source.name for source in found)),
                         content_key=key_of if config.copies else None,
+                        rough_key=rough_key_of,
                     )
                     for run in runs
                 ]
