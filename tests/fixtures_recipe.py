@@ -38,10 +38,11 @@ def weights(output: Path) -> dict[str, bytes]:
 
 def losses(output: Path) -> dict[str, list[dict[str, Any]]]:
     """Every line of every stage's metrics but how fast it went."""
+    clocks = {"queries_per_s", "waited_s"}
     found = {}
     for path in output.glob("train/*/metrics.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        found[path.parent.name] = [{k: v for k, v in line.items() if k != "queries_per_s"} for line in lines]
+        found[path.parent.name] = [{k: v for k, v in line.items() if k not in clocks} for line in lines]
     return found
 
 
