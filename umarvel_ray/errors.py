@@ -24,6 +24,10 @@ class CheckpointError(UmarvelError, ValueError):
     """A checkpoint is missing, incomplete, or was made with other settings."""
 
 
+class EmbeddingError(UmarvelError, RuntimeError):
+    """What a model gives is no embedding: not finite, not of unit norm, or the same for everything."""
+
+
 class OutputError(UmarvelError, ValueError):
     """An output folder belongs to something else."""
 

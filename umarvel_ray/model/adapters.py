@@ -33,6 +33,17 @@ class VisionFeatures:
     merged_VD: Tensor
     deep: tuple[Tensor, ...] = ()
 
+    @property
+    def joined_VF(self) -> Tensor:
+        """All of them side by side: (V, D · (1 + number of deep ones))."""
+        return torch.cat([self.merged_VD, *self.deep], dim=1)
+
+    @classmethod
+    def split(cls, joined_VF: Tensor, *, num_deep: int) -> "VisionFeatures":
+        """The other way."""
+        merged_VD, *deep = joined_VF.chunk(1 + num_deep, dim=1)
+        return cls(merged_VD, tuple(deep))
+
 
 class Qwen2VL:
     """Qwen2-VL; the others differ from it where they say so."""
@@ -113,8 +124,8 @@ class Qwen2VL:
         layout = PackedLayout.of_lengths(lengths, causal=False, device=pixels.device, dtype=pixels.dtype)
         return layout, bounds.to(pixels.device)
 
-    def decoder_inputs(self, is_vision_T: Tensor, features: VisionFeatures | None) -> dict[str, Any]:
-        """What the decoder wants besides embeddings and positions."""
+    def decoder_inputs(self, is_vision_NT: Tensor, features: VisionFeatures | None) -> dict[str, Any]:
+        """What the decoder wants besides embeddings and positions, for rows of tokens."""
         return {}
 
 
@@ -188,10 +199,10 @@ class Qwen3VL(Qwen2VL):
             "interp_weights": weights.to(pixels.device),
         }
 
-    def decoder_inputs(self, is_vision_T: Tensor, features: VisionFeatures | None) -> dict[str, Any]:
+    def decoder_inputs(self, is_vision_NT: Tensor, features: VisionFeatures | None) -> dict[str, Any]:
         if features is None:
             return {}
-        return {"visual_pos_masks": is_vision_T[None], "deepstack_visual_embeds": list(features.deep)}
+        return {"visual_pos_masks": is_vision_NT, "deepstack_visual_embeds": list(features.deep)}
 
 
 Adapter = Qwen2VL

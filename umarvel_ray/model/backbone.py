@@ -215,7 +215,7 @@ def hidden_states(
         attention_mask=None,
         use_cache=False,
         layout=layout,
-        **adapter.decoder_inputs(is_vision_T, features),
+        **adapter.decoder_inputs(is_vision_T[None], features),
     )
     return output.last_hidden_state[0]
 

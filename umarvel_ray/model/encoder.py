@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from umarvel_ray.artifacts import write_json
 from umarvel_ray.data.records import Candidate, Query
-from umarvel_ray.model.adapters import Adapter
+from umarvel_ray.errors import ConfigError
+from umarvel_ray.model.adapters import Adapter, VisionFeatures
 from umarvel_ray.model.attention import PackedLayout, log_kernel
 from umarvel_ray.model.backbone import (
     DTYPES,
     add_missing_tokens,
     add_tokens,
+    core_of,
     hidden_states,
     load_backbone,
     load_reader,
@@ -27,11 +29,14 @@ from umarvel_ray.model.backbone import (
     resolve_settings,
     save_backbone,
 )
+from umarvel_ray.model.gates import check_embeddings
 from umarvel_ray.model.inputs import EncoderInputs, InputBuilder, Item, micro_batches
 from umarvel_ray.model.lora import set_trainable
 from umarvel_ray.model.pooling import mean_pool
 from umarvel_ray.model.prompts import ADDED_TOKENS
 from umarvel_ray.model.settings import DtypeName, EncoderSettings, LoraSettings
+from umarvel_ray.model.vision_store import VisionStore
+from umarvel_ray.model.visuals import PackedVisuals
 from umarvel_ray.storage import local_model
 
 SETTINGS_FILE = "embedding.json"
@@ -64,6 +69,7 @@ class Encoder(nn.Module):
         self.source = source
         self.temperature = nn.Parameter(torch.tensor(temperature, dtype=torch.float32), requires_grad=False)
         self._tokenizer = tokenizer
+        self._store: VisionStore | None = None
         self.builder = InputBuilder(tokenizer, adapter, settings)
 
     @classmethod
@@ -116,7 +122,30 @@ class Encoder(nn.Module):
 
     def cache_inputs(self, num_bytes: int) -> None:
         """Keep up to `num_bytes` of prepared records in memory."""
-        self.builder = InputBuilder(self._tokenizer, self.adapter, self.settings, cache_bytes=num_bytes)
+        self.builder = InputBuilder(
+            self._tokenizer, self.adapter, self.settings, cache_bytes=num_bytes, store=self._store
+        )
+
+    def keep_vision_features(self, folder: str | Path) -> VisionStore:
+        """Keep what the vision tower makes of pictures in `folder`, and take from there what it has.
+
+        Embeddings stay what they are: features are kept in the precision of the weights.
+
+        Raises:
+            ConfigError: The tower trains, so its features change.
+        """
+        tower = core_of(self.model).visual
+        if any(parameter.requires_grad for parameter in tower.parameters()):
+            raise ConfigError("the vision tower trains, so what it makes of a picture cannot be kept.")
+        self._store = VisionStore(
+            folder,
+            tower,
+            self.settings.images,
+            width=self.dim * (1 + self.adapter.num_deep),
+            dtype=self.model.dtype,
+        )
+        self.builder = InputBuilder(self._tokenizer, self.adapter, self.settings, store=self._store)
+        return self._store
 
     def forward(self, inputs: EncoderInputs) -> Tensor:
         """Embed a packed micro-batch: (N, D) float32, unit norm. No row depends on its batch mates."""
@@ -125,8 +154,30 @@ class Encoder(nn.Module):
         layout = PackedLayout.of_lengths(
             inputs.lengths_N, causal=causal, device=self.device, dtype=self.model.dtype
         )
-        hidden_TD = hidden_states(self.model, self.adapter, inputs, layout)
+        features = None if inputs.visuals is None else self.features(inputs.visuals)
+        hidden_TD = hidden_states(self.model, self.adapter, inputs, layout, features=features)
         return mean_pool(hidden_TD, inputs.pooled_T, inputs.lengths_N)
+
+    def features(self, visuals: PackedVisuals) -> VisionFeatures:
+        """Of all visuals: stored ones as they are, the others from the tower."""
+        fresh = None
+        if visuals.patches_P is not None:
+            fresh = self.adapter.tower(core_of(self.model), visuals.patches_P, visuals.grids)
+            if self._store is not None:
+                parts = fresh.joined_VF.detach().cpu().split([num_tokens for _, num_tokens in visuals.keys])
+                for (key, _), part in zip(visuals.keys, parts, strict=True):
+                    if key is not None:
+                        self._store.put(key, part)
+        if visuals.stored_VF is None or visuals.is_stored_V is None:
+            assert fresh is not None, "visuals are fresh or stored"
+            return fresh
+        joined_VF = visuals.stored_VF
+        if fresh is not None:
+            is_stored_V1 = visuals.is_stored_V[:, None]
+            joined_VF = fresh.joined_VF.new_empty(len(is_stored_V1), visuals.stored_VF.shape[1])
+            joined_VF = joined_VF.masked_scatter(is_stored_V1, visuals.stored_VF)
+            joined_VF = joined_VF.masked_scatter(~is_stored_V1, fresh.joined_VF)
+        return VisionFeatures.split(joined_VF, num_deep=self.adapter.num_deep)
 
     @torch.inference_mode()
     def embed_items(self, items: Sequence[Item], *, max_tokens: int = 8192) -> Tensor:
@@ -135,10 +186,14 @@ class Encoder(nn.Module):
         Args:
             items: From `builder`.
             max_tokens: Token budget of a micro-batch.
+
+        Raises:
+            EmbeddingError: What came out is not finite, not of unit norm, or the same for different records.
         """
         embedding_ND = torch.empty(len(items), self.dim)
         for batch in micro_batches([item.num_tokens for item in items], max_tokens):
             embedding_ND[batch] = self(self.builder.pack([items[index] for index in batch])).cpu()
+        check_embeddings(embedding_ND, items, source=self.source)
         return embedding_ND
 
     def embed_queries(self, queries: Iterable[Query], *, max_tokens: int = 8192) -> np.ndarray:
@@ -155,7 +210,13 @@ class Encoder(nn.Module):
         ).numpy()
 
     def set_trainable(self, trainable: Any, lora: LoraSettings, *, learn_temperature: bool) -> None:
-        """Choose what trains: adapters on the decoder, or everything; and whether τ does."""
+        """Choose what trains: adapters on the decoder, or everything; and whether τ does.
+
+        Raises:
+            ConfigError: The tower is to train although its features are kept.
+        """
+        if trainable == "full" and self._store is not None:
+            raise ConfigError("the vision tower cannot train while its features are kept.")
         self.model = set_trainable(self.model, trainable, lora)
         self.temperature.requires_grad_(learn_temperature)
 

@@ -24,6 +24,7 @@ from umarvel_ray.model.prompts import (
     encode,
 )
 from umarvel_ray.model.settings import EncoderSettings
+from umarvel_ray.model.vision_store import VisionStore
 from umarvel_ray.model.visuals import (
     PackedVisuals,
     Visual,
@@ -99,11 +100,17 @@ class InputBuilder:
     """Builds an `Item` from a `Query` or a `Candidate`; keeps the first ones up to `cache_bytes`."""
 
     def __init__(
-        self, tokenizer: Any, adapter: Adapter, settings: EncoderSettings, *, cache_bytes: int = 0
+        self,
+        tokenizer: Any,
+        adapter: Adapter,
+        settings: EncoderSettings,
+        *,
+        cache_bytes: int = 0,
+        store: VisionStore | None = None,
     ) -> None:
         self.settings = settings
         self.adapter = adapter
-        self.reader = VisualReader(adapter, settings.images, settings.videos)
+        self.reader = VisualReader(adapter, settings.images, settings.videos, store=store)
         self._tokenizer = tokenizer
         self._template = ChatTemplate(
             tokenizer, answer=f"{EMBED_TOKEN}.", generation_prompt=settings.append_generation_prompt

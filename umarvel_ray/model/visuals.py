@@ -15,6 +15,7 @@ from umarvel_ray.model.adapters import Adapter
 from umarvel_ray.model.images import Grid, load_patches
 from umarvel_ray.model.settings import ImageSettings, VideoSettings
 from umarvel_ray.model.videos import load_video
+from umarvel_ray.model.vision_store import Key, VisionStore
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +28,7 @@ class Visual:
         token: Stands for each of its vision tokens.
         labels: Words before each run; empty for none.
         tick: Temporal positions between two pairs of frames.
-        key: Under which the vision store keeps its features; None without a store.
+        key: Under which the vision store is to keep its features; None without a store.
         features: (V, F) as stored.
     """
 
@@ -36,8 +37,8 @@ class Visual:
     token: int
     labels: tuple[str, ...] = ("",)
     tick: float = 1.0
-    key: str | None = None
-    features: np.ndarray | None = None
+    key: Key | None = None
+    features: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -48,8 +49,16 @@ class Visual:
 class VisualReader:
     """Reads files with a backbone's patch size and the checkpoint's caps."""
 
-    def __init__(self, adapter: Adapter, images: ImageSettings, videos: VideoSettings | None = None) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        images: ImageSettings,
+        videos: VideoSettings | None = None,
+        *,
+        store: VisionStore | None = None,
+    ) -> None:
         self.adapter = adapter
+        self.store = store
         self.images = images
         self.videos = videos or VideoSettings()
 
@@ -62,8 +71,13 @@ class VisualReader:
         adapter = self.adapter
         sizes = {"patch_size": adapter.patch_size, "merge_size": adapter.merge_size}
         if isinstance(part, Picture):
+            content, stored = self.store.get(part.path) if self.store is not None else (None, None)
+            if stored is not None:
+                features, grid = stored
+                return Visual(None, (grid,), adapter.image_token, features=features)
             patches, grid = load_patches(part.path, self.images, **sizes)
-            return Visual(patches=patches, grids=(grid,), token=adapter.image_token)
+            key = Key(content, grid) if content is not None else None
+            return Visual(patches, (grid,), adapter.image_token, key=key)
         patches, grid, times = load_video(part.path, self.videos, **sizes)
         grids = adapter.video_grids(grid)
         pairs_per_second = 1 / (times[1] - times[0]) if len(times) > 1 and times[1] > times[0] else 1.0
@@ -83,14 +97,14 @@ class PackedVisuals:
     Attributes:
         patches_P: uint8, of those the tower has yet to see; None where all are stored.
         grids: Of these.
-        keys: Of these, as pairs of key and number of vision tokens; the key may be None.
+        keys: Of these, the key in the vision store, None where a visual is not kept; and its vision tokens.
         stored_VF: Features of the others; None where there are none.
         is_stored_V: bool, which of all vision tokens are theirs; None without `stored_VF`.
     """
 
     patches_P: Tensor | None
     grids: tuple[Grid, ...]
-    keys: tuple[tuple[str | None, int], ...]
+    keys: tuple[tuple[Key | None, int], ...]
     stored_VF: Tensor | None = None
     is_stored_V: Tensor | None = None
 
@@ -121,7 +135,7 @@ def pack_visuals(visuals: Sequence[Visual], adapter: Adapter) -> PackedVisuals |
             for visual, count in zip(visuals, counts, strict=True)
             if visual.patches is not None
         ),
-        stored_VF=torch.from_numpy(np.concatenate(stored)) if stored else None,
+        stored_VF=torch.cat(stored) if stored else None,
         is_stored_V=torch.from_numpy(np.repeat([v.patches is None for v in visuals], counts))
         if stored
         else None,
