@@ -86,7 +86,7 @@ class VisionStore:
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}). Put the file there or correct the record."
             ) from None
-        found = self._read(key)
+        found = self.read(key)
         self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
         return key, found
 
@@ -117,7 +117,8 @@ class VisionStore:
         for key, offset, num, frames, height, width, checksum in _ENTRY.iter_unpack(content[:whole]):
             self._found[key] = (file.stem, offset, num, (frames, height, width), checksum)
 
-    def _read(self, key: bytes) -> tuple[Tensor, Grid] | None:
+    def read(self, key: bytes) -> tuple[Tensor, Grid] | None:
+        """Features (V, F) and grid of the picture with this SHA-256; None where they are not there whole."""
         if key not in self._found:
             return None
         stem, offset, num, grid, checksum = self._found[key]
