@@ -2,8 +2,8 @@
 
 Ours hands on bytes, which the device normalises; "normalised here" does that on the CPU as well. The peers
 are Transformers' slow processor, and the authors' way: resize with Pillow, then the slow processor. Pictures
-are JPEGs of quality 90 whose noise has several scales, as photographs have, in sizes that are common in M-BEIR
-(256 × 340, 480 × 640) and in one that is not (1080 × 1440).
+are JPEGs of quality 90 whose noise has several scales, as photographs have, in sizes that are common in
+M-BEIR (256 × 340, 480 × 640) and in one that is not (1080 × 1440).
 """
 
 import tempfile
