@@ -78,7 +78,7 @@ def _items(case: Case) -> list[Item]:
         height = rng.choice(_SIDES)
         width = min(20, max(8, int(height * rng.choice(_SHAPES))))
         words = 0 if 0.30 <= kind < 0.57 else words
-        ids = noise.integers(300, 400, words + _TEMPLATE)  # letters: no token that means anything
+        ids = noise.integers(10, 250, words + _TEMPLATE)  # bytes: no token that means anything
         visuals: tuple[Visual, ...] = ()
         if kind >= 0.30:
             patches = noise.integers(0, 256, (4 * height * width, 588), dtype=np.uint8)

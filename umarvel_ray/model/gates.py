@@ -10,7 +10,7 @@ from umarvel_ray.errors import EmbeddingError
 from umarvel_ray.model.inputs import Item
 
 _NORM_TOLERANCE = 1e-3
-_SAME = 1e-7
+_SAME = 1e-6
 """Rows of different inputs are further apart than this wherever a model reads its input."""
 
 

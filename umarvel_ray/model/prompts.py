@@ -32,6 +32,11 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, *, answer: str, generation_prompt: bool = False) -> None:
+        if not tokenizer.chat_template:
+            raise CheckpointError(
+                "the tokenizer has no chat template. Put the backbone's own chat_template.jinja beside its "
+                "weights."
+            )
         rendered = tokenizer.apply_chat_template(
             [
                 {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _TEXT}]},
