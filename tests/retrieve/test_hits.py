@@ -46,3 +46,17 @@ def test_rows_become_ids_whatever_the_batch(tmp_path, monkeypatch, batch_hits):
     assert run.qids == qids.to_pylist()
     assert list(run.dids) == [[dids[row] for row in some] for some in rows]
     assert np.array_equal(np.stack(list(run.scores)), np.concatenate([block.scores_QK for block in blocks]))
+
+
+def test_how_the_search_was_cut_does_not_show(tmp_path, monkeypatch):
+    monkeypatch.setattr(hits, "_BATCH_HITS", 12)
+    whole = found(11, 4, seed=3)
+    written = set()
+    for cuts in ((), (1, 2, 3), (4, 8), (10,)):
+        pieces = zip(np.split(whole.scores_QK, cuts), np.split(whole.rows_QK, cuts), strict=True)
+        ids = {"qids": pa.chunked_array([[f"q{i}" for i in range(11)]])}
+        ids |= {"dids": pa.array([str(row) for row in range(50)], pa.large_string())}
+        write_run(tmp_path / "run.arrow", [TopK(*piece) for piece in pieces], **ids)
+        written.add((tmp_path / "run.arrow").read_bytes())
+    assert len(written) == 1
+    assert Run.read(tmp_path / "run.arrow").dids[10] == [str(row) for row in whole.rows_QK[10]]

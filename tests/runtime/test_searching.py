@@ -1,6 +1,10 @@
 """Search over stores: the same run in one process or many, whole or resumed, as one matrix product gives."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -218,3 +222,77 @@ def test_actors_agree_with_one_process_though_one_dies(tmp_path, stores, ray_ses
     assert died.exists()
     for task in tasks:
         assert Run.read(task.output).as_dict() == expected(task)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from umarvel_ray.runtime import searching
+from umarvel_ray.runtime.cluster import RuntimeSettings, connect
+from umarvel_ray.runtime.searching import SearchTask, search
+
+runtime = RuntimeSettings(kind=sys.argv[2], num_actors=2)
+connect(runtime)
+home = Path(sys.argv[1])
+task = SearchTask(home / "queries", (home / "pool1", home / "pool2"), 8, home / "killed" / "run.arrow")
+search([task], runtime, query_block_rows=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["local", "ray"])
+def test_a_driver_that_is_killed_starts_again_where_it_was(tmp_path, stores, kind):
+    undisturbed = tasks_in(tmp_path / "out", stores)[1]
+    search([undisturbed], LOCAL)
+    command = [sys.executable, "-c", KILLED, str(tmp_path), kind]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 90
+        while not (parts := list(tmp_path.glob("killed/.run.*.parts/queries-*.arrow"))):
+            assert process.poll() is None and time.monotonic() < deadline, "nothing to kill"
+            time.sleep(0.001)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    output = tmp_path / "killed" / "run.arrow"
+    assert not output.exists()
+    before = {part: part.stat().st_mtime_ns for part in parts}
+    seen = []
+
+    def look(done, total):
+        seen.append({part: part.stat().st_mtime_ns for part in before})
+
+    task = SearchTask(undisturbed.queries, undisturbed.pools, 8, output)
+    done = search([task], LOCAL, query_block_rows=2, progress=look)
+    assert done.num_found >= len(before) and all(times == before for times in seen)
+    assert output.read_bytes() == undisturbed.output.read_bytes()
+    assert not list(output.parent.glob(".*.parts"))
+
+
+@pytest.mark.slow
+def test_an_actor_that_is_killed_is_replaced(tmp_path, stores, ray_session, monkeypatch):
+    """SIGKILL from outside, in the middle of its work."""
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    worker = searching.SearchWorker
+
+    class Watched(worker):
+        """Says which process it is, and takes its time."""
+
+        def __call__(self, cell):
+            (pids / str(os.getpid())).touch()
+            time.sleep(0.2)
+            return super().__call__(cell)
+
+    def kill_one(done, total):
+        if done == 2 and not (tmp_path / "killed").exists():
+            (tmp_path / "killed").touch()
+            os.kill(int(next(pids.iterdir()).name), signal.SIGKILL)
+
+    monkeypatch.setattr(searching, "SearchWorker", Watched)
+    undisturbed, task = tasks_in(tmp_path / "out", stores)[1], tasks_in(tmp_path / "again", stores)[1]
+    search([task], RuntimeSettings(kind="ray", num_actors=2), query_block_rows=2, progress=kill_one)
+    assert len(list(pids.iterdir())) >= 3
+    monkeypatch.undo()
+    search([undisturbed], LOCAL)
+    assert task.output.read_bytes() == undisturbed.output.read_bytes()

@@ -33,6 +33,10 @@ def _sentence_transformers(case: Case, *, use_faiss: bool = False) -> Prepared:
 
         encode_query = encode_document = encode
 
+        def get_embedding_dimension(self) -> int:
+            """Width of the vectors."""
+            return case["dim"]
+
     model = LookUp(modules=[torch.nn.Identity()], device="cpu")
     positive_Q = torch.cat([(part @ pool.T).argmax(dim=1) for part in queries.split(512)])
     names = [f"c{row}" for row in range(len(pool))]

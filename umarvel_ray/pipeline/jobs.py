@@ -149,14 +149,14 @@ def search(config: SearchConfig, runtime: RuntimeSettings, view: View) -> Summar
         view.line(text)
 
     with view.bar("searching", len(tasks), unit="runs") as bar:
-        search(
+        done = search(
             tasks,
             runtime,
             query_block_rows=config.query_block_rows,
             progress=lambda done, total: bar.at(len(tasks) * done / total if total else len(tasks)),
             announce=announce,
         )
-    return {"runs": len(tasks), **told}
+    return {"runs": len(tasks), **told, "actor_seconds": done.actor_seconds, "actor_bytes": done.actor_bytes}
 
 
 def mine(config: MineConfig, runtime: RuntimeSettings, view: View) -> Summary:

@@ -91,8 +91,25 @@ def write_run(
 
 
 def _batches(blocks: Iterable[TopK]) -> Iterator[TopK]:
+    """The same hits in batches of one size: a run's bytes do not tell how its search was cut."""
+    waiting: list[TopK] = []
     for hits in blocks:
+        waiting.append(hits)
         rows = max(1, _BATCH_HITS // max(1, hits.rows_QK.shape[1]))
-        for start in range(0, len(hits.rows_QK), rows):
-            piece = slice(start, start + rows)
-            yield TopK(hits.scores_QK[piece], hits.rows_QK[piece])
+        if sum(len(part.rows_QK) for part in waiting) < rows:
+            continue
+        joined = _joined(waiting)
+        whole = len(joined.rows_QK) - len(joined.rows_QK) % rows
+        for start in range(0, whole, rows):
+            yield TopK(joined.scores_QK[start : start + rows], joined.rows_QK[start : start + rows])
+        waiting = [TopK(joined.scores_QK[whole:], joined.rows_QK[whole:])]
+    if waiting and len((rest := _joined(waiting)).rows_QK):
+        yield rest
+
+
+def _joined(parts: list[TopK]) -> TopK:
+    if len(parts) == 1:
+        return parts[0]
+    return TopK(
+        np.concatenate([part.scores_QK for part in parts]), np.concatenate([part.rows_QK for part in parts])
+    )

@@ -95,6 +95,27 @@ class SearchEstimate:
 
 
 @dataclass(frozen=True)
+class SearchSummary:
+    """What a search took.
+
+    Attributes:
+        num_cells: All cells.
+        num_found: Those found finished.
+        actor_seconds: Of work on cells, over all actors; time to start and to wait is not in it.
+        wall_seconds: From the first actor's order to the last answer.
+        first_seconds: Of them, before the first actor took up work.
+        actor_bytes: Most memory that an actor held between blocks, without pages of mapped files.
+    """
+
+    num_cells: int
+    num_found: int
+    actor_seconds: float
+    wall_seconds: float
+    first_seconds: float
+    actor_bytes: int
+
+
+@dataclass(frozen=True)
 class _Cell:
     """Queries `start` to `stop` of a task against rows `first` to `last` of its pool."""
 
@@ -113,7 +134,7 @@ def search(
     query_block_rows: int = 8192,
     progress: Callable[[int, int], None] = lambda done, total: None,
     announce: Callable[[SearchEstimate], None] = lambda estimate: None,
-) -> None:
+) -> SearchSummary:
     """Write the run of every task; cells found on disk are kept.
 
     Args:
@@ -136,11 +157,22 @@ def search(
     _require_memory(estimate, runtime, num_actors=min(runtime.num_actors, len(missing)))
     done = len(cells) - len(missing)
     progress(done, len(cells))
-    for _ in run_actors(missing, SearchWorker, runtime):
+    num_found, answers, ordered = done, [], time.time()
+    for answer in run_actors(missing, SearchWorker, runtime):
+        answers.append(answer)
         done += 1
         progress(done, len(cells))
+    ended = time.time()
     for task, some in plans.items():
         _finish(task, some)
+    return SearchSummary(
+        num_cells=len(cells),
+        num_found=num_found,
+        actor_seconds=sum(answer["seconds"] for answer in answers),
+        wall_seconds=ended - ordered,
+        first_seconds=min((answer["started"] for answer in answers), default=ended) - ordered,
+        actor_bytes=max((answer["bytes"] for answer in answers), default=0),
+    )
 
 
 def _plan(task: SearchTask, runtime: RuntimeSettings, most_rows: int) -> list[_Cell]:
@@ -240,19 +272,25 @@ class SearchWorker:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._pools: dict[tuple[Place, ...], EmbeddingPool] = {}
         self._sound: set[tuple[Any, ...]] = set()
+        self._most_bytes = 0
 
     def __call__(self, cell: _Cell) -> dict[str, Any]:
         """Write the cell's part."""
         from umarvel_ray.retrieve.hits import write_hits
         from umarvel_ray.retrieve.search import top_k
 
+        started, clock = time.time(), time.perf_counter()
         queries, pool = EmbeddingStore.open(cell.task.queries), self._pool(cell.task.pools)
         queries_QD = queries.vectors(cell.start, cell.stop)
         _require_unit(queries_QD, queries.folder, lambda rows: queries.ids.take(rows + cell.start))
         blocks = _read_ahead(partial(self._candidates, pool), cell.first, cell.last, pool.dim)
         best = top_k(queries_QD, blocks, cell.task.k, first_row=cell.first, device=self._device)
         write_hits(cell.part, best)
-        return {"queries": cell.stop - cell.start, "bytes": _anonymous_bytes()}
+        return {
+            "started": started,
+            "seconds": time.perf_counter() - clock,
+            "bytes": self._most_bytes,
+        }
 
     def _candidates(self, pool: EmbeddingPool, start: int, stop: int) -> np.ndarray:
         vectors_CD = pool.vectors(start, stop)
@@ -261,6 +299,7 @@ class SearchWorker:
             where = ", ".join(str(store.folder) for store in pool.stores)
             _require_unit(vectors_CD, where, lambda rows: pool.ids.take(rows + start))
             self._sound.add(key)
+        self._most_bytes = max(self._most_bytes, _anonymous_bytes())
         return vectors_CD
 
     def _pool(self, paths: tuple[Place, ...]) -> EmbeddingPool:
