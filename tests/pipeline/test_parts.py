@@ -16,6 +16,7 @@ from umarvel_ray.pipeline.run import chosen_jobs, run_recipe
 from umarvel_ray.pipeline.stages import recipe
 from umarvel_ray.retrieve.settings import EmbedConfig
 from umarvel_ray.runtime.cluster import RuntimeSettings
+from umarvel_ray.train.settings import StageConfig
 
 LOCAL = RuntimeSettings(kind="local")
 
@@ -131,7 +132,7 @@ def test_of_a_run_one_job_is_chosen_by_name(tiny, tmp_path):
     ("override", "said"),
     [
         ("only.shard=x", r"only: setting 'shard'"),
-        ("only.shrad=1", r"unknown setting 'shrad'.* Known keys there: job, shard, part"),
+        ("only.shrad=1", r"unknown setting 'shrad'.* Known keys there: job, shard, part, batch"),
         ("only.part=16/16", r"give NUMBER/COUNT, the number from 0 and less than the count"),
         ("only.shard", r"not of the form only\.key=value"),
     ],
@@ -145,3 +146,41 @@ def test_parts_are_no_settings():
     only, rest = split_only(["seed=3", "only.job=embed/hard", "only.shard=17", "only=[pools/a]"])
     assert (only.job, only.shard, rest) == ("embed/hard", 17, ["seed=3", "only=[pools/a]"])
     assert split_only(["only.part=all"])[0].is_everything
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: TinyRun) -> tuple[StageConfig, RuntimeSettings]:
+    """The first stage, done: four steps, states after the second and the fourth."""
+    run = tiny.settings(tiny.home / "looked_at")
+    job = next(job for job in recipe(run) if job.name == "train/text")
+    assert isinstance(job.config, StageConfig)
+    perform("train", job.config, run.runtime, Lines())
+    return job.config, run.runtime
+
+
+def test_a_batch_is_what_it_was(trained):
+    """From the state just before it: loss and gradient norm to the last bit."""
+    config, runtime = trained
+    before = sorted(path.stat().st_mtime_ns for path in Path(config.output).rglob("*") if path.is_file())
+    said = Lines()
+    do_part("train", config, runtime, said, Only(batch=3))
+    text = "\n".join(said.lines)
+    assert "batch 3 of " in text and "weights of step 2:" in text
+    assert "  loss: the same" in said.lines and "  grad_norm: the same" in said.lines
+    [samples] = [line for line in said.lines if " queries: " in line]
+    assert samples.split(":")[0].strip() == "8 queries"
+    assert sorted(p.stat().st_mtime_ns for p in Path(config.output).rglob("*") if p.is_file()) == before
+
+
+def test_a_batch_without_its_state_has_the_weights_that_are_there(trained):
+    config, runtime = trained
+    said = Lines()
+    do_part("train", config, runtime, said, Only(batch=2))
+    assert any("weights of step 0:" in line for line in said.lines)
+    assert not any("the same" in line for line in said.lines)
+    with pytest.raises(ConfigError, match=r"no step 5: this training has steps 1 to 4\.$"):
+        do_part("train", config, runtime, Lines(), Only(batch=5))
+    with pytest.raises(ConfigError, match=r"only\.batch is a part of a training, this is embed"):
+        do_part(
+            "embed", embedding(TinyRun(Path("/"), Path("/")), Path("/out")), LOCAL, Lines(), Only(batch=1)
+        )

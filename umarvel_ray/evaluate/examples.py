@@ -4,7 +4,6 @@ import base64
 import io
 import logging
 import math
-import os
 import unicodedata
 import warnings
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Literal
 from umarvel_ray.data.mbeir import Mbeir, Task
 from umarvel_ray.data.trec import Qrels, Run
 from umarvel_ray.evaluate.metrics import first_positive_rank, judge
+from umarvel_ray.storage import at, picture_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -153,11 +153,11 @@ def _data_uri(path: str) -> str | None:
     from PIL import Image, ImageOps
 
     try:
-        if os.path.getsize(path) > MAX_PICTURE_BYTES:
+        if at(path).stat().st_size > MAX_PICTURE_BYTES:
             raise ValueError(f"larger than {MAX_PICTURE_BYTES:,} bytes")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is our own
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(picture_bytes(path))) as image:
                 if image.width * image.height > MAX_PICTURE_PIXELS:
                     raise ValueError(f"larger than {MAX_PICTURE_PIXELS:,} pixels")
                 image.draft("RGB", (PICTURE_SIDE, PICTURE_SIDE))

@@ -11,6 +11,7 @@ from umarvel_ray.artifacts import read_json
 from umarvel_ray.config import Config, PathSetting
 from umarvel_ray.errors import DataError
 from umarvel_ray.evaluate.figures import curve, histogram, short_number
+from umarvel_ray.storage import at
 
 
 class TrainingInput(Config):
@@ -135,7 +136,7 @@ def draw_training(training: TrainingInput) -> Curves:
 def _read_metrics(path: str) -> list[dict[str, Any]]:
     entries = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with at(path).open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 try:
                     entry = json.loads(line)

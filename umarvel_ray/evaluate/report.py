@@ -36,6 +36,7 @@ from umarvel_ray.evaluate.history import (
 )
 from umarvel_ray.evaluate.panels import error_panels, score_panels
 from umarvel_ray.evaluate.published import PUBLISHED
+from umarvel_ray.storage import Place, at
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class ReportInputs(Config):
         return default if name is None else [stage.name for stage in self.stages].index(name)
 
 
-def build_report(inputs: ReportInputs, output: Path) -> dict[str, Any]:
+def build_report(inputs: ReportInputs, output: Place) -> dict[str, Any]:
     """Write report.json, report.md and report.html into `output`.
 
     Args:
@@ -184,7 +185,7 @@ def build_report(inputs: ReportInputs, output: Path) -> dict[str, Any]:
         scores=score_panels(documents, table.stages, table.pools[0]),
         errors=error_panels(documents, table.stages),
     )
-    output = Path(output)
+    output = at(output)
     write_json(output / "report.json", summary)
     with atomic_write(output / "report.md") as file:
         file.write(_markdown(inputs, table, headline, baselines, minings, fusions, flags))
@@ -290,8 +291,8 @@ def _examples(
         found.append(
             task_examples(
                 row.task,
-                Run.read(Path(runs_before) / name),
-                Run.read(Path(runs_after) / name),
+                Run.read(at(runs_before) / name),
+                Run.read(at(runs_after) / name),
                 mbeir=mbeir,
                 split=inputs.split,
                 pool=pool,

@@ -1,4 +1,4 @@
-"""A part of a run by name: one job, one shard, or every n-th shard.
+"""A part of a run by name: one job, one shard, every n-th shard, or one batch.
 
 Parts are told on the command line as `only.KEY=VALUE`. They choose among what the settings plan and change
 none of it, so they are no settings, and the folder's claim does not know them.
@@ -7,7 +7,7 @@ none of it, so they are no settings, and the folder's claim does not know them.
 import re
 from collections.abc import Sequence
 
-from pydantic import NonNegativeInt, field_validator
+from pydantic import NonNegativeInt, PositiveInt, field_validator
 
 from umarvel_ray.config import Config, build_config
 from umarvel_ray.errors import ConfigError
@@ -25,6 +25,9 @@ class Only(Config):
     part: str | None = None
     """Of an embedding job: `3/16` is every sixteenth shard from the fourth on; `all` is all."""
 
+    batch: PositiveInt | None = None
+    """Of a training: the batch of this step, as `metrics.jsonl` counts."""
+
     @field_validator("part")
     @classmethod
     def _is_a_share(cls, value: str | None) -> str | None:
@@ -38,7 +41,7 @@ class Only(Config):
     @property
     def is_everything(self) -> bool:
         """Whether a job is to be done whole."""
-        return self.shard is None and self.part is None
+        return self.shard is None and self.part is None and self.batch is None
 
     def takes(self, shard: int) -> bool:
         """Whether a shard, by its number, is asked for."""

@@ -1,9 +1,10 @@
-"""A part of an embedding job: one shard to look at, or every n-th of them for one of many machines."""
+"""A part of a job: one shard or batch to look at, or every n-th shard for one of many machines."""
 
+import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +15,9 @@ from umarvel_ray.pipeline.jobs import claimed_settings
 from umarvel_ray.pipeline.only import Only
 from umarvel_ray.pipeline.view import View, short_time
 from umarvel_ray.retrieve.settings import EmbedConfig
-from umarvel_ray.runtime.cluster import RuntimeSettings, connected
+from umarvel_ray.runtime.cluster import RuntimeSettings, connected, prepare_worker
+from umarvel_ray.storage import at
+from umarvel_ray.train.settings import StageConfig
 
 if TYPE_CHECKING:
     from umarvel_ray.retrieve.embed import StorePlan
@@ -30,6 +33,11 @@ def do_part(kind: str, config: Config, runtime: RuntimeSettings, view: View, onl
         ConfigError: The job has no such parts, or no such shard.
         OutputError: The folder belongs to a job with other settings.
     """
+    if only.batch is not None:
+        if not isinstance(config, StageConfig):
+            raise ConfigError(f"only.batch is a part of a training, this is {kind}.")
+        _look_at_batch(config, runtime, view, only.batch)
+        return
     if not isinstance(config, EmbedConfig):
         raise ConfigError(f"only.shard and only.part are parts of an embedding job, this is {kind}.")
     from umarvel_ray.retrieve.embed import missing_shards, plan_stores
@@ -50,6 +58,29 @@ def do_part(kind: str, config: Config, runtime: RuntimeSettings, view: View, onl
                 _look_again(plan, index, config, runtime, view)
                 return
         _embed(plans, config, runtime, view, only)
+
+
+def _look_at_batch(config: StageConfig, runtime: RuntimeSettings, view: View, step: int) -> None:
+    """The queries of a batch, and the loss and gradient it gives, in this process."""
+    from umarvel_ray.train.gather import Lanes
+    from umarvel_ray.train.stage import look_at_batch
+
+    prepare_worker(runtime)
+    look = look_at_batch(config, Lanes(runtime.num_workers), step=step, how=runtime.strategy)
+    view.line(f"batch {step} of {config.output}, weights of step {look.weights_of_step}:")
+    view.line("  " + "  ".join(f"{name} {value:.9g}" for name, value in look.figures.items()))
+    for name, figure in _logged(config, step).items():
+        if name in look.figures and look.weights_of_step == step - 1:
+            same = "the same" if figure == look.figures[name] else f"logged as {figure:.9g}"
+            view.line(f"  {name}: {same}")
+    view.line(f"  {len(look.samples)} queries: {' '.join(look.samples)}")
+
+
+def _logged(config: StageConfig, step: int) -> dict[str, Any]:
+    """What the training wrote of a step; empty where it did not get there."""
+    path = at(config.output) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((entry for line in lines if (entry := json.loads(line))["step"] == step), {})
 
 
 def _embed(

@@ -81,7 +81,9 @@ def chosen_jobs(jobs: Sequence[Job], only: Only) -> Sequence[Job]:
     if only.job is None:
         if only.is_everything:
             return jobs
-        raise ConfigError("only.shard and only.part are parts of one job. Name it by only.job=embed/NAME.")
+        raise ConfigError(
+            "only.shard, only.part and only.batch are parts of one job. Name it by only.job=KIND/NAME."
+        )
     if found := [job for job in jobs if job.name == only.job]:
         return found
     raise ConfigError(

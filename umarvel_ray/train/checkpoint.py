@@ -58,9 +58,9 @@ def save_state(
         remove_tree(old)
 
 
-def latest_state(folder: Place) -> State | None:
-    """The newest state; None where there is none."""
-    states = _states(folder)
+def latest_state(folder: Place, *, most: int | None = None) -> State | None:
+    """The newest state, of `most` steps where given; None where there is none."""
+    states = [path for path in _states(folder) if most is None or _step_of(path) <= most]
     if not states:
         return None
     facts = read_json(states[-1] / _STATE)
@@ -70,7 +70,7 @@ def latest_state(folder: Place) -> State | None:
 def latest_step(folder: Place) -> int:
     """Steps done in the newest state; 0 where there is none."""
     states = _states(folder)
-    return int(states[-1].name.removeprefix("step-")) if states else 0
+    return _step_of(states[-1]) if states else 0
 
 
 def restore(model: nn.Module, state: State, *, where: Place) -> None:
@@ -135,6 +135,10 @@ class MetricsLog:
         with atomic_write(self._path) as file:
             file.writelines(self._lines)
         self._written = time.monotonic()
+
+
+def _step_of(path: Place) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _states(folder: Place) -> list[Place]:

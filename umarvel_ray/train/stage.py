@@ -1,6 +1,7 @@
 """One stage of training: from a checkpoint and data to the next checkpoint."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from umarvel_ray.data.mbeir import Mbeir
 from umarvel_ray.data.text_pairs import CaptionPairs, NliPairs
 from umarvel_ray.data.training_sets import MbeirSet, PairSet
 from umarvel_ray.data.trec import Run
+from umarvel_ray.errors import ConfigError
 from umarvel_ray.model.encoder import Encoder
 from umarvel_ray.model.reranker import Reranker
 from umarvel_ray.model.settings import DtypeName
@@ -21,8 +23,23 @@ from umarvel_ray.train.gather import Lanes
 from umarvel_ray.train.loop import Task, Watchers, train
 from umarvel_ray.train.pairs import RerankerTask
 from umarvel_ray.train.settings import CHECKPOINT, CaptionData, NliData, StageConfig, StrategySettings
-from umarvel_ray.train.strategy import PLAIN, make_strategy
+from umarvel_ray.train.strategy import PLAIN, Replicated, make_strategy
 from umarvel_ray.train.trackers import open_trackers, require_trackers
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one batch gives.
+
+    Attributes:
+        samples: Ids of its queries.
+        figures: Loss, gradient norm and what else a line of `metrics.jsonl` has of a batch.
+        weights_of_step: Steps that the weights had seen.
+    """
+
+    samples: tuple[str, ...]
+    figures: dict[str, float]
+    weights_of_step: int
 
 
 def open_training_set(config: StageConfig) -> TrainingSet:
@@ -101,19 +118,9 @@ def train_stage(
     if state is not None:
         restore(model, state, where=output / "states")
     strategy = make_strategy(model, lanes, settings, how, half=half)
-    task: Task
-    rest: dict[str, Any] = {
-        "plan": plan,
-        "strategy": strategy,
-        "max_tokens": settings.chunk_tokens,
-        "num_loaders": how.loaders,
-    }
-    if isinstance(model, Encoder):
-        task = ContrastiveTask(model, data, config.loss, **rest)
-        if settings.max_tokens == "auto":
-            task.find_max_tokens()
-    else:
-        task = RerankerTask(model, data, config.pairs, seed=config.seed, **rest)
+    task = _make_task(config, model, data, plan, strategy, num_loaders=how.loaders)
+    if settings.max_tokens == "auto" and isinstance(task, ContrastiveTask):
+        task.find_max_tokens()
     trackers = open_trackers(
         settings.trackers if lanes.leads else (),
         output,
@@ -142,6 +149,66 @@ def train_stage(
             restore(model, finished, where=output / "states")
         with atomic_folder(output / CHECKPOINT) as folder:
             model.save(folder)
+
+
+def look_at_batch(config: StageConfig, lanes: Lanes, *, step: int, how: StrategySettings = PLAIN) -> Look:
+    """The batch of a step, and the loss and gradient that it gives; nothing is written.
+
+    Weights are those of the newest state of fewer steps, or those that the stage starts from.
+
+    Args:
+        config: Of the stage.
+        lanes: As in the training: they decide how the batch is cut.
+        step: As `metrics.jsonl` counts, from 1.
+        how: Its loaders alone.
+
+    Raises:
+        ConfigError: The training has no such step.
+    """
+    data = open_training_set(config)
+    plan = batch_plan(config, data)
+    num_steps = config.train.steps(plan.steps_per_epoch)
+    if not 1 <= step <= num_steps:
+        raise ConfigError(f"{config.output}: no step {step}: this training has steps 1 to {num_steps}.")
+    model = _load_trainable(config, "cuda" if torch.cuda.is_available() else "cpu")
+    states = at(config.output) / "states"
+    state = latest_state(states, most=step - 1)
+    if state is not None:
+        restore(model, state, where=states)
+    strategy = make_strategy(model, lanes, config.train, PLAIN, half=config.dtype == "bfloat16")
+    task = _make_task(config, model, data, plan, strategy, num_loaders=how.loaders)
+    model.train()
+    try:
+        prepared = task.prepare(step - 1)
+        figures = task.backward(prepared, seed=hash((config.seed, step - 1)))
+        grad_norm = strategy.clip(config.train.max_grad_norm)
+    finally:
+        task.close()
+    return Look(
+        samples=tuple(task.samples(prepared)),
+        figures={**figures, "grad_norm": grad_norm},
+        weights_of_step=state.step if state else 0,
+    )
+
+
+def _make_task(
+    config: StageConfig,
+    model: Encoder | Reranker,
+    data: TrainingSet,
+    plan: BatchPlan,
+    strategy: Replicated,
+    *,
+    num_loaders: int,
+) -> Task:
+    rest: dict[str, Any] = {
+        "plan": plan,
+        "strategy": strategy,
+        "max_tokens": config.train.chunk_tokens,
+        "num_loaders": num_loaders,
+    }
+    if isinstance(model, Encoder):
+        return ContrastiveTask(model, data, config.loss, **rest)
+    return RerankerTask(model, data, config.pairs, seed=config.seed, **rest)
 
 
 def _load_trainable(config: StageConfig, device: str) -> Encoder | Reranker:
