@@ -59,6 +59,14 @@ def test_one_process_answers_every_task_once(pool):
     assert answers(pool, LOCAL, num_tasks=0, refuses=-1) == []  # no worker is made for nothing
 
 
+def test_the_log_hears_of_each_part(caplog):
+    with caplog.at_level("INFO", "umarvel_ray.runtime.pool"):
+        answers(run_pool, LOCAL, num_tasks=2)
+    assert [(record.message, record.shard) for record in caplog.records] == [  # type: ignore[attr-defined]
+        ("part done", "0"), ("part done", "1"),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("pool", POOLS)
 def test_one_process_raises_what_a_worker_raises(pool):
     with pytest.raises(DataError, match=r"^queries\.jsonl:3: not valid JSON"):

@@ -129,6 +129,11 @@ class ShardTask:
     originals: np.ndarray | None = None
 
     @property
+    def part(self) -> Place:
+        """The file."""
+        return self.folder / self.shard.file_name
+
+    @property
     def own_rows(self) -> np.ndarray:
         """Rows that are embedded for this shard, ascending."""
         rows = np.arange(self.shard.start, self.shard.stop)

@@ -6,11 +6,14 @@ since a task may run twice when an actor dies.
 
 import logging
 import pickle
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from umarvel_ray.errors import UmarvelError
 from umarvel_ray.runtime.cluster import RuntimeSettings, prepare_worker
+
+logger = logging.getLogger(__name__)
 
 MakeWorker = Callable[[], Callable[[Any], dict[str, Any]]]
 
@@ -33,9 +36,18 @@ class _Actor:
     def work(self, task: Any) -> dict[str, Any] | UmarvelError:
         """One task."""
         try:
-            return self._worker(task)
+            return _told(self._worker, task)
         except UmarvelError as error:
             return error
+
+
+def _told(work: Callable[[Any], Any], task: Any) -> Any:
+    """The answer to a task; the log hears which part of which folder is done."""
+    started = time.perf_counter()
+    answer = work(task)
+    seconds = round(time.perf_counter() - started, 3)
+    logger.info("part done", extra={"shard": str(getattr(task, "part", task)), "seconds": seconds})
+    return answer
 
 
 class _Shell(_Actor):
@@ -65,7 +77,7 @@ def run_pool(
         prepare_worker(runtime)
         work = make_worker()
         for task in tasks:
-            yield work(task)
+            yield _told(work, task)
         return
     import ray
     from ray.data import ActorPoolStrategy, DataContext
