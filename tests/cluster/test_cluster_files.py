@@ -269,6 +269,16 @@ def test_other_faults_are_caught(tmp_path):
     assert any("secret" in fault for fault in validate.faults(tmp_path / "c.yaml"))
 
 
+def test_no_file_of_the_project_holds_a_secret():
+    folders = [ROOT / name for name in ("umarvel_ray", "jobs", "configs", "docs", "cluster")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    files += [path for path in ROOT.iterdir() if path.is_file()]
+    for path in files:
+        if path.suffix not in (".pyc", ".png", ".webp"):
+            found = validate.SECRET.search(path.read_text(encoding="utf-8", errors="replace"))
+            assert found is None or path.name == "validate.py", f"{path}: {found}"
+
+
 def test_the_board_asks_for_what_we_and_ray_publish():
     from umarvel_ray.pipeline.progress import Recorder, Tally
 

@@ -11,7 +11,7 @@ from umarvel_ray.plan.estimate import crew_for, estimate
 from umarvel_ray.plan.items import joined, published_world
 from umarvel_ray.plan.machines import machine_named
 from umarvel_ray.plan.make import Request, make_plan
-from umarvel_ray.plan.work import Crew, with_larger_pool, work_of
+from umarvel_ray.plan.work import RERANK_PROMPT_TOKENS, Crew, with_larger_pool, work_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = ROOT / "configs" / "mbeir_qwen2vl_7b.yaml"
@@ -82,6 +82,17 @@ def test_the_distillation(gpus, wanted):
     assert found == pytest.approx(wanted, rel=0.13)  # as above
 
 
+@pytest.mark.parametrize(("gpus", "wanted"), [(8, 63 * MINUTE), (64, 7.9 * MINUTE)])
+def test_scoring_fifty_hits_of_a_tenth_of_the_training_queries(gpus, wanted):
+    """Prefixes once a query, each of a million different pictures once."""
+    query, candidate = WORLD.training
+    prefix = RERANK_PROMPT_TOKENS + query.own_tokens
+    leaf = candidate.own_tokens + 5
+    flops = 133e3 * (SHAPE.decode(prefix) + 50 * SHAPE.decode(leaf, seen=prefix + leaf))
+    flops += (133e3 * query.images + 1e6 * candidate.images) * SHAPE.see(117)
+    assert seconds(flops, gpus) == pytest.approx(wanted, rel=0.05)
+
+
 def test_scoring_costs_what_shared_prefixes_leave():
     """6.65M pairs: 1.3e19 FLOP where each picture is seen once; here every pair sees its own."""
     run = load_run(PAPER, [])
@@ -101,6 +112,12 @@ def test_bytes_of_the_paper_s_run():
         H200.peak_flops * 0.55 / ((SHAPE.decode(pool.tokens) + pool.images * SHAPE.see(117)) / pool.images)
     )
     assert images_per_s * H200.image_core_s == pytest.approx(0.43, rel=0.1)
+    # A picture of 108 tokens: 1,176 float32 values a patch in the usual form, 588 bytes in ours.
+    assert images_per_s * 4 * 108 * 1176 * 4 == pytest.approx(211e6, rel=0.05)
+    assert images_per_s * 4 * 108 * 588 == pytest.approx(26e6, rel=0.05)
+    search = next(w for w in work_of(load_run(PAPER, []), WORLD, SHAPE, Crew(8, 8, 1)) if w.kind == "search")
+    of_training = search.write_bytes * WORLD.training[0].rows / search.amount
+    assert of_training == pytest.approx(0.8e9, rel=0.15)  # of 1.33M queries, in Arrow
 
 
 def test_a_billion_candidates():
