@@ -9,11 +9,12 @@ time.
 import getpass
 import os
 import socket
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,12 +165,20 @@ def _moves(where: Place, found: dict[str, Any], beat_s: float, sleep: Callable[[
     """Whether a beat goes on, watched for as long as a living one can be silent."""
     for _ in range(2 * _MISSED_BEATS):
         sleep(beat_s / 2)
+        _forget_old_names(where)
         now = _read(where)
         if not now:
             return False  # it ended well
         if (now.get("token"), now.get("beat")) != (found.get("token"), found.get("beat")):
             return True
     return False
+
+
+def _forget_old_names(where: Place) -> None:
+    """A network disk shows a folder as it was up to a minute ago, until this machine changes something in it."""
+    if isinstance(where, Path):
+        with suppress(OSError), tempfile.NamedTemporaryFile(prefix=".look.", suffix=".tmp", dir=where):
+            pass
 
 
 class _Heart:
