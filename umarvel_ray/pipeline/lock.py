@@ -175,7 +175,7 @@ def _moves(where: Place, found: dict[str, Any], beat_s: float, sleep: Callable[[
 
 
 def _forget_old_names(where: Place) -> None:
-    """A network disk shows a folder as it was up to a minute ago, until this machine changes something in it."""
+    """A network disk shows a folder as it was a minute ago, until this machine changes something in it."""
     if isinstance(where, Path):
         with suppress(OSError), tempfile.NamedTemporaryFile(prefix=".look.", suffix=".tmp", dir=where):
             pass
