@@ -241,7 +241,7 @@ class _Watch:
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(timeout=_LOOK_EVERY_S)  # a cluster that is gone may keep it waiting
 
     def _work(self) -> None:
         told, silent_s = "", 0.0
