@@ -198,6 +198,32 @@ def test_as_many_threads_as_one_likes(monkeypatch):
     assert_same_bits(found, brute_force(queries, candidates, 20))
 
 
+@pytest.mark.parametrize("kind", ["random", "clustered", "duplicated", "equal", "near"])
+@pytest.mark.parametrize("k", [1, 10, 1000])
+def test_faiss_gives_the_same_bits(kind, k):
+    pytest.importorskip("faiss")
+    from umarvel_ray.retrieve.faiss_search import faiss_top_k
+
+    candidates = pool(kind, 700)
+    queries = np.concatenate([random_unit(5, 48, seed=3), candidates[:4]])
+    blocks = np.array_split(candidates, 3)
+    assert_same_bits(faiss_top_k(queries, blocks, k), brute_force(queries, candidates, k))
+    shifted = faiss_top_k(queries, blocks, k, first_row=50)
+    assert np.array_equal(shifted.rows_QK, brute_force(queries, candidates, k).rows_QK + 50)
+
+
+def test_faiss_takes_nothing_and_refuses_what_we_refuse():
+    pytest.importorskip("faiss")
+    from umarvel_ray.retrieve.faiss_search import faiss_top_k
+
+    assert faiss_top_k(random_unit(3, 8, seed=0), [], 5).rows_QK.shape == (3, 0)
+    assert faiss_top_k(np.empty((0, 8), np.float32), random_unit(4, 8, seed=0), 5).rows_QK.shape == (0, 4)
+    broken = random_unit(10, 8, seed=14)
+    broken[6, 2] = np.nan
+    with pytest.raises(DataError, match=r"1 of 10 candidates are NaN or infinite \(first: row 6\)"):
+        faiss_top_k(random_unit(3, 8, seed=0), broken, 3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("first_pass", ["float32", "bfloat16"])
 def test_the_device_does_not_move_a_bit(first_pass):

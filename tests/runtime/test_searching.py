@@ -146,6 +146,13 @@ def test_another_number_of_actors_goes_on_with_what_is_there(tmp_path, stores):
     assert seen[0] == (2, 4) and Run.read(task.output).as_dict() == expected(task)
 
 
+def test_faiss_gives_the_same_run(tmp_path, stores):
+    pytest.importorskip("faiss")
+    task = tasks_in(tmp_path / "out", stores)[1]
+    search([task], LOCAL, backend="faiss")
+    assert Run.read(task.output).as_dict() == expected(task)
+
+
 @pytest.mark.parametrize("block_bytes", [64, 640, 1 << 20])
 def test_blocks_of_candidates_do_not_move_a_bit(tmp_path, stores, monkeypatch, block_bytes):
     monkeypatch.setattr(searching, "_CANDIDATE_BYTES", block_bytes)

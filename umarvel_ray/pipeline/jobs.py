@@ -153,6 +153,7 @@ def search(config: SearchConfig, runtime: RuntimeSettings, view: View) -> Summar
             tasks,
             runtime,
             query_block_rows=config.query_block_rows,
+            backend=config.backend,
             progress=lambda done, total: bar.at(len(tasks) * done / total if total else len(tasks)),
             announce=announce,
         )

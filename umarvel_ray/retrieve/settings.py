@@ -13,6 +13,7 @@ from umarvel_ray.storage import Place, at
 
 Split = Literal["train", "val", "test"]
 Scope = Literal["local", "global"]
+SearchBackend = Literal["tiles", "faiss"]
 Rule = Literal["none", "max_score", "margin", "relative", "skip_top"]
 Pick = Literal["top", "sample", "random"]
 
@@ -80,6 +81,8 @@ class SearchConfig(Config):
     tasks: tuple[str, ...] | None = None
     query_block_rows: PositiveInt = 8192
     """Queries that pass a pool together, at most: each such block reads the pool once."""
+    backend: SearchBackend = "tiles"
+    """What multiplies: our tiles, or faiss; the results are the same."""
 
 
 class RerankRequest(Config):

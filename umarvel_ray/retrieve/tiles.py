@@ -182,8 +182,8 @@ class Bounds:
         error_S = self.absolute_QG.view(-1).index_select(0, group_S)
         return torch.addcmul(error_S, relative_S, estimate_S.abs()).add_(estimate_S)
 
-    def least(self, floor_Q: Tensor) -> Tensor:
-        """(Q, G): a product below it has an upper bound below the floor.
+    def least(self, floor_Q: Tensor, dtype: torch.dtype) -> Tensor:
+        """(Q, G): a product below it has an upper bound below the floor; whole numbers for whole products.
 
         The upper bound s + relative · |s| + absolute rises with s, so this solves it for s.
         """
@@ -191,7 +191,10 @@ class Bounds:
         widened_QG = torch.where(
             rest_QG > 0, rest_QG * (1 - self.relative_G), rest_QG * (1 + 2 * self.relative_G)
         )
-        return widened_QG.div_(self.scale_QG)
+        least_QG = widened_QG.div_(self.scale_QG)
+        if dtype != torch.int32:
+            return least_QG
+        return least_QG.ceil_().clamp_(-(2.0**31), 2.0**31 - 128).to(torch.int32)
 
 
 def multiplies_bfloat16(device: str) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 
 from umarvel_ray.artifacts import fingerprint, read_json, write_json
 from umarvel_ray.errors import DataError, ResourceError
+from umarvel_ray.retrieve.settings import SearchBackend
 from umarvel_ray.retrieve.store import EmbeddingPool, EmbeddingStore
 from umarvel_ray.runtime.cluster import RuntimeSettings
 from umarvel_ray.runtime.pool import run_actors
@@ -132,6 +133,7 @@ def search(
     runtime: RuntimeSettings,
     *,
     query_block_rows: int = 8192,
+    backend: SearchBackend = "tiles",
     progress: Callable[[int, int], None] = lambda done, total: None,
     announce: Callable[[SearchEstimate], None] = lambda estimate: None,
 ) -> SearchSummary:
@@ -141,6 +143,7 @@ def search(
         tasks: What to search.
         runtime: Who does it.
         query_block_rows: Queries that pass the pool together, at most.
+        backend: What multiplies; the runs are the same.
         progress: Called with (cells done, all).
         announce: Called with what it will take, before anything starts.
 
@@ -158,7 +161,7 @@ def search(
     done = len(cells) - len(missing)
     progress(done, len(cells))
     num_found, answers, ordered = done, [], time.time()
-    for answer in run_actors(missing, SearchWorker, runtime):
+    for answer in run_actors(missing, partial(SearchWorker, backend), runtime):
         answers.append(answer)
         done += 1
         progress(done, len(cells))
@@ -266,9 +269,10 @@ def _finish(task: SearchTask, cells: Sequence[_Cell]) -> None:
 class SearchWorker:
     """Opens stores as they are asked for; searches one cell a call."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: SearchBackend = "tiles") -> None:
         import torch
 
+        self._backend = backend
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._pools: dict[tuple[Place, ...], EmbeddingPool] = {}
         self._sound: set[tuple[Any, ...]] = set()
@@ -277,7 +281,11 @@ class SearchWorker:
     def __call__(self, cell: _Cell) -> dict[str, Any]:
         """Write the cell's part."""
         from umarvel_ray.retrieve.hits import write_hits
-        from umarvel_ray.retrieve.search import top_k
+
+        if self._backend == "faiss":
+            from umarvel_ray.retrieve.faiss_search import faiss_top_k as top_k
+        else:
+            from umarvel_ray.retrieve.search import top_k
 
         started, clock = time.time(), time.perf_counter()
         queries, pool = EmbeddingStore.open(cell.task.queries), self._pool(cell.task.pools)
