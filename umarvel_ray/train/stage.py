@@ -126,6 +126,7 @@ def train_stage(
         output,
         name="/".join(str(output).split("/")[-3:]),
         settings=config.model_dump(mode="json"),
+        steps_done=state.step if state else 0,
     )
     facts = {"seed": config.seed, "data": data.fingerprint, "settings": config.model_dump(mode="json")}
     try:

@@ -25,10 +25,11 @@ class Tracker(Protocol):
 
 
 class _TensorBoard:
-    def __init__(self, folder: Place, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Place, name: str, settings: Mapping[str, Any], steps_done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        # What a killed run wrote beyond its state will be written again.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=steps_done + 1)
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
         for key, value in _numbers(figures).items():
@@ -39,7 +40,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, folder: Place, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Place, name: str, settings: Mapping[str, Any], steps_done: int) -> None:
         wandb: Any = importlib.import_module("wandb")
 
         self._run: Any = wandb.init(
@@ -54,7 +55,7 @@ class _Wandb:
 
 
 class _Mlflow:
-    def __init__(self, folder: Place, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Place, name: str, settings: Mapping[str, Any], steps_done: int) -> None:
         mlflow: Any = importlib.import_module("mlflow")
 
         self._mlflow: Any = mlflow
@@ -86,10 +87,15 @@ def require_trackers(names: tuple[TrackerName, ...]) -> None:
 
 
 def open_trackers(
-    names: tuple[TrackerName, ...], folder: Place, *, name: str, settings: Mapping[str, Any]
+    names: tuple[TrackerName, ...],
+    folder: Place,
+    *,
+    name: str,
+    settings: Mapping[str, Any],
+    steps_done: int = 0,
 ) -> list[Tracker]:
     """Start them; `folder` is the stage's."""
-    return [_TRACKERS[tracker](folder, name, settings) for tracker in names]
+    return [_TRACKERS[tracker](folder, name, settings, steps_done) for tracker in names]
 
 
 def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
