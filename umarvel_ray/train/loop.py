@@ -118,7 +118,8 @@ def train(
             watchers.on_step(entry)
         leaving = watchers.must_save is not None and lanes.any(watchers.must_save())
         if is_best or leaving or _is_due(done, settings.save_every, last=num_steps):
-            tensors = strategy.state()
+            # Of a sharded state every worker has a part to give.
+            tensors = strategy.state() if lanes.leads or strategy.lockstep else {}
             if lanes.leads:
                 save_state(
                     output / "states",
