@@ -43,6 +43,14 @@ class PreparedBatch:
     """Filled in when the loss is not finite: the records whose embedding is not either."""
 
 
+_LOOKED_AT = 64
+"""Records from which the size of pictures is guessed; the same on all workers and at each start."""
+
+
+def _vision_tokens(item: Item) -> int:
+    return sum(int(np.count_nonzero(item.ids == visual.token)) for visual in item.visuals)
+
+
 class ContrastiveTask:
     """Steps of the embedder over one training set."""
 
@@ -65,6 +73,7 @@ class ContrastiveTask:
         self._lanes = strategy.lanes
         self._max_tokens = max_tokens
         self._loaders = Loaders(encoder.builder, num_loaders)
+        self._picture_tokens = self._typical_picture()
 
     def prepare(self, step: int) -> PreparedBatch:
         """The global batch of a step: a pure function of it."""
@@ -73,11 +82,23 @@ class ContrastiveTask:
     def _prepare(self, rows: np.ndarray, epoch: int) -> PreparedBatch:
         masked = self._settings.mask_false_negatives
         batch = build_batch(self._data, rows, visit=epoch, mask_false_negatives=masked)
-        indices = deal([token_cost(record) for record in batch.records], self._lanes.count)
+        costs = [token_cost(record, image_tokens=self._picture_tokens) for record in batch.records]
+        indices = deal(costs, self._lanes.count)
         build = self._loaders.build
         filler = build([(filler_record(batch.records),)])[0] if self._strategy.lockstep else None
         items = {lane: build([(batch.records[i],) for i in indices[lane]]) for lane in self._lanes.mine}
         return PreparedBatch(batch=batch, indices=indices, items_by_lane=items, filler=filler, odd=[])
+
+    def _typical_picture(self) -> int:
+        """Mean tokens of a picture among the first queries and positives: what `deal` takes each to have."""
+        rows, epoch = self._plan.rows(0)
+        items = [self._data.item(int(row), visit=epoch) for row in rows[:_LOOKED_AT]]
+        shown = [r for item in items for r in (item.query, item.positive) if r.img_path]
+        if not shown:
+            return 0
+        built = [self.model.builder.build(record) for record in shown[:_LOOKED_AT]]
+        tokens = [_vision_tokens(item) for item in built]
+        return round(sum(tokens) / len(tokens))
 
     def find_max_tokens(self) -> None:
         """Take the largest chunk that fits the device."""
