@@ -124,6 +124,9 @@ def test_last_token_styles_run_on_a_stock_backbone(style, backbone, pictures):
     vectors = embedder.embed_items(items).numpy()
     assert np.isfinite(vectors).all() and np.linalg.norm(vectors[0]) == pytest.approx(1, abs=1e-5)
     assert items[0].pooled.sum() == 1  # one token, the last before the answer
+    text = embedder.builder._tokenizer.decode(items[0].ids)
+    asked = {"lamra": "Summarize above", "vlm2vec": None}.get(style, "Summary above")
+    assert (asked in text) if asked else ("in one word" not in text)
 
 
 def test_the_model_of_an_embedding_job_is_a_setting():

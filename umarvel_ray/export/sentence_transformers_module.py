@@ -181,7 +181,10 @@ class UMarvel(InputModule):
         before = before.replace("<|image_pad|>", "<|image_pad|>" * num_image_tokens)
         user_ids = self._encode(user)[: settings["max_text_tokens"]]
         if settings["compression_prompt"]:
-            user_ids += self._encode(COMPRESSION[bool(text), bool(num_image_tokens)])
+            request = COMPRESSION[bool(text), bool(num_image_tokens)]
+            user_ids += self._encode(
+                request.replace("Summarize", settings.get("compression_verb", "Summarize"))
+            )
         return [*self._encode(before), *user_ids, *self._encode(after)]
 
     def _pooled(self, ids: list[int]) -> list[bool]:

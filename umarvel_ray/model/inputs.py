@@ -176,7 +176,8 @@ class InputBuilder:
                 waiting = ""
         ids += self._encode(waiting, record)
         if self.settings.compression_prompt:
-            ids += encode(self._tokenizer, _COMPRESSION[_asked_of(record)])
+            request = _COMPRESSION[_asked_of(record)].replace("Summarize", self.settings.compression_verb)
+            ids += encode(self._tokenizer, request)
         ids += template.after
         id_T = np.array(ids, dtype=np.int32)
         return Item(ids=id_T, pooled=self._pooled(id_T), visuals=tuple(visuals), num_cut=num_cut)

@@ -58,6 +58,8 @@ class EncoderSettings(Config):
     """`last` is the hidden state just before `<emb>`."""
     compression_prompt: bool = False
     """Ask for a summary "in one word": only the last-token ablations use it."""
+    compression_verb: Literal["Summarize", "Summary"] = "Summarize"
+    """How that request begins: LamRA's way, or E5-V's and UniME's."""
     instruction: Literal["masked", "pooled", "none"] = "masked"
     """`masked`: read, but left out of the mean, markers included. `pooled`: plain words. `none`: not read."""
     positions: Literal["sequential", "mrope"] = "sequential"

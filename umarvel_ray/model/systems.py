@@ -19,14 +19,12 @@ if TYPE_CHECKING:
 _LAST_TOKEN = EncoderSettings(attention="causal", pooling="last", instruction="pooled", positions="mrope")
 STYLES: dict[str, EncoderSettings] = {
     "lamra": _LAST_TOKEN.model_copy(update={"compression_prompt": True, "positions": "sequential"}),
-    "e5v": _LAST_TOKEN.model_copy(update={"compression_prompt": True}),
-    "unime": _LAST_TOKEN.model_copy(update={"compression_prompt": True}),
+    "e5v": _LAST_TOKEN.model_copy(update={"compression_prompt": True, "compression_verb": "Summary"}),
+    "unime": _LAST_TOKEN.model_copy(update={"compression_prompt": True, "compression_verb": "Summary"}),
     "vlm2vec": _LAST_TOKEN,
 }
 """Last-token embedders of the literature on our backbones: causal, the instruction read as plain words, the
-state before the answer's end; all but VLM2Vec ask for "one word". LamRA trains with plain positions. The
-wording
-of the request is LamRA's for all."""
+state before the answer's end. All but VLM2Vec ask for "one word"; LamRA trains with plain positions."""
 
 
 class OurSystem(Config):
