@@ -76,6 +76,21 @@ def test_a_single_job_loads(path):
     assert runtime.kind == ("local" if path.stem in ("mine", "evaluate", "report", "compare") else "ray")
 
 
+EVALUATIONS = sorted((CONFIGS / "evaluate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.stem)
+def test_an_example_of_every_way_to_evaluate_loads(path):
+    settings, _ = load_job("evaluate", path, [])
+    given = {
+        name
+        for name in ("root", "own", "zeroshot", "runs", "embeddings", "vectors")
+        if getattr(settings, name) is not None
+    }
+    wanted = {"model": {"root"}, "vectors": {"root", "vectors"}, "own": {"own"}, "zeroshot": {"zeroshot"}}
+    assert given == wanted[path.stem]
+
+
 def test_the_papers_run_is_table_12s():
     """Table 12 of arXiv:2507.14902: batch, rate, LoRA rank and alpha, epochs."""
     run = load_config(CONFIGS / "mbeir_qwen2vl_7b.yaml", RunConfig)
