@@ -401,7 +401,9 @@ def _filesystem(scheme: str) -> Any:
 
     try:
         if scheme in ("s3", "s3a"):
-            return fs.S3FileSystem(retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=8))
+            return fs.S3FileSystem(
+                retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=8), **_own_endpoint()
+            )
         if scheme in ("gs", "gcs"):
             return fs.GcsFileSystem()
         import fsspec
@@ -412,6 +414,13 @@ def _filesystem(scheme: str) -> Any:
             f"{scheme}://: this storage cannot be used ({' '.join(str(error).split())[:200]}). "
             "Install its fsspec package, or use s3:// or gs://."
         ) from None
+
+
+def _own_endpoint() -> dict[str, str]:
+    """Where an S3 that is not Amazon's listens: Arrow does not ask the environment for it."""
+    url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    scheme, _, address = url.rpartition("://")
+    return {"endpoint_override": address.rstrip("/"), "scheme": scheme or "https"} if address else {}
 
 
 @contextmanager
