@@ -1,5 +1,6 @@
 """The recipe with every path on an S3 endpoint, its driver killed in the middle: what a disk gives."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ WORLD = {
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """An S3 server in a process of its own; the environment in which it is found."""
     moto = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
