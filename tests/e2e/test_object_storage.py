@@ -57,7 +57,8 @@ def client(endpoint: dict[str, str]):
 def keys(s3, bucket: str, prefix: str = "") -> list[str]:
     """All of a bucket's keys."""
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+    found = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+    return [key for key in found if not key.endswith("/")]  # Arrow marks a folder whose last file it removed
 
 
 def start(tiny: TinyRun, endpoint: dict[str, str], log: Path, *arguments: str) -> subprocess.Popen:
