@@ -98,10 +98,18 @@ def test_without_a_limit_nothing_is_kept(kept, monkeypatch):
 
 
 @pytest.fixture
-def bucket(kept):
-    """Object storage in this process's memory."""
+def bucket(kept, monkeypatch):
+    """Object storage in this process's memory, which tells the age of a file as others do."""
     import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
 
+    info = MemoryFileSystem.info
+
+    def with_age(self: MemoryFileSystem, path: str, **options: object) -> dict:
+        found = info(self, path, **options)
+        return found | ({"mtime": found["created"].timestamp()} if "created" in found else {})
+
+    monkeypatch.setattr(MemoryFileSystem, "info", with_age)
     files = fsspec.filesystem("memory")
     files.store.clear()
 
