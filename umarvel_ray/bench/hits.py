@@ -29,7 +29,7 @@ def _blocks(case: Case, num_queries: int) -> Iterator[Any]:
         yield TopK(1 - np.cumsum(steps_QK, axis=1, dtype=np.float32), rows_QK)
 
 
-def _compared(dids: list[list[str]], scores: Any) -> Answer:
+def _compared(dids: Any, scores: Any) -> Answer:
     return {"dids": np.array(dids[:_COMPARED_QUERIES]), "scores": np.array(scores[:_COMPARED_QUERIES])}
 
 

@@ -15,7 +15,7 @@ from umarvel_ray.bench.mine import clustered_vectors
 
 def _sentence_transformers(case: Case, *, use_faiss: bool = False) -> Prepared:
     """`mine_hard_negatives` end to end, its encoder replaced by a look-up of the same vectors."""
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import mine_hard_negatives
@@ -31,7 +31,7 @@ def _sentence_transformers(case: Case, *, use_faiss: bool = False) -> Prepared:
             rows = torch.tensor([int(text[1:]) for text in texts])
             return (queries if texts and texts[0][0] == "q" else pool)[rows].numpy()
 
-        encode_query = encode_document = encode
+        encode_query = encode_document = encode  # pyright: ignore[reportAssignmentType]
 
         def get_embedding_dimension(self) -> int:
             """Width of the vectors."""

@@ -42,7 +42,9 @@ class Explanation:
         self._best_scores: list[np.ndarray] = []
         self._rank_scores: dict[int, list[np.ndarray]] = {rank: [] for rank in RANKS}
         grid: dict[Rule, tuple[float, ...]] = {**_GRID, "max_score": tuple(thresholds)}
-        self._tried = {(rule, value): dict.fromkeys(_TALLIES, 0.0) for rule in grid for value in grid[rule]}
+        self._tried: dict[tuple[Rule, float], dict[str, float]] = {
+            (rule, value): dict.fromkeys(_TALLIES, 0.0) for rule in grid for value in grid[rule]
+        }
         self._num_queries = self._num_others = 0
 
     def add(
@@ -134,7 +136,16 @@ class Explanation:
         }
 
 
-_TALLIES = ("hits", "dropped", "kept", "kept_score", "kept_rank", "short", "without", "caught")
+_TALLIES: tuple[str, ...] = (
+    "hits",
+    "dropped",
+    "kept",
+    "kept_score",
+    "kept_rank",
+    "short",
+    "without",
+    "caught",
+)
 
 
 def explain_run(

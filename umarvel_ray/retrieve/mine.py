@@ -218,7 +218,8 @@ def best_positive_scores(
     place_P, _, score_P = positive_scores(queries, pool, positives, qids=qids)
     best = np.full(len(qids), -np.inf, dtype=np.float32)
     np.maximum.at(best, place_P, score_P)
-    return {qids[place]: float(best[place]) for place in np.unique(place_P).tolist()}
+    found: list[int] = np.unique(place_P).tolist()
+    return {str(qids[place]): float(best[place]) for place in found}
 
 
 def positive_scores(

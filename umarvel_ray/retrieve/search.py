@@ -40,9 +40,9 @@ FirstPass = Literal["auto", "float32", "bfloat16", "int8"]
 
 _BLOCK_BYTES = 1 << 29
 """float32 candidates held at a time; their survivors are scored together."""
-_QUERY_ROWS = 512
-_TILE_COLUMNS = 8_192
-"""512 × 8192 products of 32 bits are 16 MB: a tile stays in the L3 cache until its survivors are out."""
+_TILE_SHAPES = {"cpu": (512, 8_192), "cuda": (8_192, 32_768)}
+"""(queries, candidates) of a tile by kind of device. 512 × 8192 products of 32 bits are 16 MB and stay in the
+L3 cache until their survivors are out; a GPU wants products large enough to fill it, 0.5 GB in bfloat16."""
 _MIN_GROUPS = 512
 _MAX_SURVIVORS = 1 << 22
 """Survivors held before they are scored: bounds memory where a pool is full of equal scores."""
@@ -78,8 +78,8 @@ def top_k(
     first_row: int = 0,
     device: str = "cpu",
     first_pass: FirstPass = "auto",
-    query_rows: int = _QUERY_ROWS,
-    tile_columns: int = _TILE_COLUMNS,
+    query_rows: int | None = None,
+    tile_columns: int | None = None,
 ) -> TopK:
     """The k largest inner products of each query, exact.
 
@@ -91,8 +91,8 @@ def top_k(
         first_row: Row of the first candidate, where this is a slice of a pool.
         device: Torch device that multiplies. On the CPU Torch's threads each take queries of their own.
         first_pass: Precision of the tiles.
-        query_rows: Queries per tile, at most.
-        tile_columns: Candidates per tile.
+        query_rows: Queries per tile, at most; by default what suits the device.
+        tile_columns: Candidates per tile; the same.
 
     Returns:
         Scores as `exact_scores` gives them, score descending, then row ascending.
@@ -100,6 +100,9 @@ def top_k(
     Raises:
         DataError: A value is NaN or infinite, products could overflow, or widths differ.
     """
+    shape = _TILE_SHAPES["cuda" if device.startswith("cuda") else "cpu"]
+    query_rows = shape[0] if query_rows is None else query_rows
+    tile_columns = shape[1] if tile_columns is None else tile_columns
     if k < 1 or query_rows < 1 or tile_columns < 1:
         raise DataError(
             f"top_k of k={k}, query_rows={query_rows}, tile_columns={tile_columns}. Give at least 1 each."
@@ -157,7 +160,8 @@ class _Chooser:
     """Which precision the next block is searched in."""
 
     def __init__(self, first_pass: FirstPass, device: str, num_queries: int, k: int) -> None:
-        self._fixed, self._k = first_pass, k
+        self._fixed: Precision | None = None if first_pass == "auto" else first_pass
+        self._k = k
         self._narrow: Precision = "float32"
         if first_pass == "int8" and not multiplies_int8(device):
             raise DataError(
@@ -169,7 +173,7 @@ class _Chooser:
             self._narrow = "int8"
 
     def __call__(self, num_candidates: int) -> Precision:
-        if self._fixed != "auto":
+        if self._fixed is not None:
             return self._fixed
         # In a small block the K best alone are a large share.
         pays = self._narrow != "int8" or 4 * self._k <= _MOST_SURVIVORS_INT8 * num_candidates

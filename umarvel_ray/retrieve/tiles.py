@@ -134,7 +134,8 @@ class Tile:
         shape = (len(queries.low_ND), len(self.low_CD))
         out_QC = out[: shape[0] * shape[1]].view(shape)
         if self.low_CD.dtype == torch.int8:
-            return torch._int_mm(queries.low_ND, self.low_CD.T, out=out_QC)
+            multiply = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]
+            return multiply(queries.low_ND, self.low_CD.T, out=out_QC)
         return torch.mm(queries.low_ND, self.low_CD.T, out=out_QC)
 
 
