@@ -370,7 +370,12 @@ def _paths(value: Any) -> list[str]:
         return [path for item in value.values() for path in _paths(item)]
     if isinstance(value, list):
         return [path for item in value for path in _paths(item)]
-    return [value] if isinstance(value, str) and (value.startswith("/") or is_remote(value)) else []
+    return (
+        [value]
+        if isinstance(value, str)
+        and (value.startswith("/") or (is_remote(value) and not value.startswith("hf://")))
+        else []
+    )
 
 
 def _owner(path: str) -> Place | None:
