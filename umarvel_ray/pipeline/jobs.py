@@ -370,12 +370,11 @@ def _paths(value: Any) -> list[str]:
         return [path for item in value.values() for path in _paths(item)]
     if isinstance(value, list):
         return [path for item in value for path in _paths(item)]
-    return (
-        [value]
-        if isinstance(value, str)
-        and (value.startswith("/") or (is_remote(value) and not value.startswith("hf://")))
-        else []
-    )
+    return [value] if isinstance(value, str) and _is_place(value) else []
+
+
+def _is_place(text: str) -> bool:
+    return text.startswith("/") or (is_remote(text) and not text.startswith("hf://"))
 
 
 def _owner(path: str) -> Place | None:
