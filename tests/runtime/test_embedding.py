@@ -192,9 +192,12 @@ def test_the_pool_grows_under_load_and_shrinks_after(by_value, tmp_path):
 
 
 def test_more_actors_than_fit_are_refused_in_one_line(ray_session):
-    with pytest.raises(ResourceError, match=r"8 .*99 actors") as refused:
-        connect(RuntimeSettings(num_actors=99))
-    assert "\n" not in str(refused.value)
+    """Eight CPUs: of 99 actors they hold 8, and beside 8 no reader."""
+    for num_actors, said in ((99, r"room for 8 of 99"), (8, r"needs 9 CPUs: 8 times 1 CPUs, and a reader")):
+        with pytest.raises(ResourceError, match=said) as refused:
+            connect(RuntimeSettings(num_actors=num_actors))
+        assert "\n" not in str(refused.value)
+    connect(RuntimeSettings(num_actors=7, max_actors=99))
 
 
 def test_encoders_that_hold_every_cpu_read_for_themselves(by_value, tmp_path, monkeypatch):
