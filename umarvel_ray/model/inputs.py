@@ -157,12 +157,13 @@ class InputBuilder:
         template, room, num_cut = self._template, self.settings.max_text_tokens, 0
         ids = list(template.before)
         visuals: list[Visual] = []
-        waiting = ""  # a text stands here until it is known whether a label follows: both are read as one
+        # A text stands here until it is known whether a label follows: both are read as one.
+        waiting, waiting_ids = "", []
         for part in self._parts(record):
             if isinstance(part, str):
                 text_ids = self._encode(part, record)
                 if len(text_ids) <= room:
-                    waiting = part
+                    waiting, waiting_ids = part, text_ids
                 else:
                     ids += text_ids[:room]
                 num_cut += max(0, len(text_ids) - room)
@@ -171,10 +172,10 @@ class InputBuilder:
             visual = self.reader.read(part)
             visuals.append(visual)
             for grid, label in zip(visual.grids, visual.labels, strict=True):
-                ids += self._encode(waiting + label, record)
+                ids += self._encode(waiting + label, record) if label else waiting_ids
                 ids += template.visual(self.adapter.num_tokens(grid), visual.token)
-                waiting = ""
-        ids += self._encode(waiting, record)
+                waiting, waiting_ids = "", []
+        ids += waiting_ids
         if self.settings.compression_prompt:
             request = _COMPRESSION[_asked_of(record)].replace("Summarize", self.settings.compression_verb)
             ids += encode(self._tokenizer, request)
