@@ -244,6 +244,7 @@ def sets(tiny, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_zero_shot_sets_go_through_the_same_door(sets, tiny, tmp_path):
     zeroshot = {"root": str(sets), "sets": ["sharegpt4v", "circo_test", "sugarcrepe"]}
     values = {"checkpoint": str(tiny.home / "backbone"), "zeroshot": zeroshot, "depth": 50}
