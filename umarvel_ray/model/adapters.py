@@ -7,9 +7,11 @@ tokens, D width, T tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from umarvel_ray.errors import CheckpointError
@@ -209,6 +211,23 @@ Adapter = Qwen2VL
 """What all of them offer."""
 
 ADAPTERS: dict[str, type[Adapter]] = {kind.model_type: kind for kind in (Qwen2VL, Qwen25VL, Qwen3VL)}
+
+
+def embed_patches_as_rows(tower: Any) -> None:
+    """Let a tower embed its patches by one matrix product. It convolves with a stride of the kernel's size,
+    which is that product, five times as slow on a CPU. `embed_patches_by_convolution` takes it back.
+    """
+    tower.patch_embed.forward = partial(_project, tower.patch_embed.proj)
+
+
+def _project(convolution: Any, patches: Tensor) -> Tensor:
+    weight = convolution.weight.flatten(1)
+    return F.linear(patches.to(weight.dtype), weight, convolution.bias)
+
+
+def embed_patches_by_convolution(tower: Any) -> None:
+    """The tower's own way."""
+    tower.patch_embed.__dict__.pop("forward", None)
 
 
 def adapter_for(config: Any, path: str) -> Adapter:

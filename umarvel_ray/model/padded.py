@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from umarvel_ray.model.adapters import embed_patches_as_rows, embed_patches_by_convolution
 from umarvel_ray.model.attention import NAME, set_attention
 from umarvel_ray.model.backbone import core_of
 from umarvel_ray.model.inputs import Item
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 @torch.inference_mode()
 def embed_padded(encoder: "Encoder", items: Sequence[Item], *, batch_size: int = 16) -> Tensor:
     """Embed prepared records: (N, D) float32 on the CPU, in their order, each batch padded to its longest."""
-    with _stock_attention(encoder.model):
+    with _stock(encoder.model):
         batches = [
             _embed_batch(encoder, items[start : start + batch_size]).cpu()
             for start in range(0, len(items), batch_size)
@@ -66,9 +67,13 @@ def _embed_batch(encoder: "Encoder", items: Sequence[Item]) -> Tensor:
 
 
 @contextmanager
-def _stock_attention(model: Any) -> Iterator[None]:
+def _stock(model: Any) -> Iterator[None]:
+    """Attention and patches as Transformers has them."""
+    tower = core_of(model).visual
     set_attention(model, "sdpa")
+    embed_patches_by_convolution(tower)
     try:
         yield
     finally:
         set_attention(model, NAME)
+        embed_patches_as_rows(tower)
