@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from umarvel_ray.errors import ConfigError
-from umarvel_ray.retrieve.scoring import exact_scores_of_query
+from umarvel_ray.retrieve.scoring import exact_scores_by_query
 from umarvel_ray.retrieve.search import TopK, blocks_of, largest_product, merge_top_k, top_k
 
 _SPARE_HITS = 32
@@ -43,14 +43,15 @@ def _search_block(queries_QD: np.ndarray, block_CD: np.ndarray, k: int, row: int
     scores_QN, rows_QN = _knn(queries_QD, block_CD, wanted, device)
     # By row, so that equal exact scores stand in that order after a stable sort.
     rows_QN = np.sort(rows_QN, axis=1)
-    exact_QN = np.stack(
-        [
-            exact_scores_of_query(
-                torch.from_numpy(query_D), torch.from_numpy(block_CD[rows_N]), largest=largest
-            ).numpy()
-            for query_D, rows_N in zip(queries_QD, rows_QN, strict=True)
-        ]
+    query_N = torch.arange(len(queries_QD)).repeat_interleave(wanted)
+    exact_N = exact_scores_by_query(
+        torch.from_numpy(queries_QD),
+        torch.from_numpy(block_CD),
+        query_N,
+        torch.from_numpy(rows_QN.reshape(-1)),
+        largest=largest,
     )
+    exact_QN = exact_N.numpy().reshape(rows_QN.shape)
     order = np.argsort(-exact_QN, axis=1, kind="stable")[:, :k]
     scores_QK = np.take_along_axis(exact_QN, order, axis=1)
     rows_QK = np.take_along_axis(rows_QN, order, axis=1) + row

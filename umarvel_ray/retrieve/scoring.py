@@ -36,17 +36,26 @@ def exact_scores(left_ND: Tensor, right_ND: Tensor) -> Tensor:
     return scores_N
 
 
-def exact_scores_of_query(query_D: Tensor, candidates_CD: Tensor, *, largest: float) -> Tensor:
-    """`exact_scores` of one query with each of some candidates, (C,) float32.
+def exact_scores_by_query(
+    queries_QD: Tensor, candidates_CD: Tensor, query_N: Tensor, column_N: Tensor, *, largest: float
+) -> Tensor:
+    """`exact_scores` of pairs that stand by query, (N,) float32.
 
     Args:
-        query_D: float32.
-        candidates_CD: float32.
-        largest: No product of the query's and a candidate's length exceeds this.
+        queries_QD, candidates_CD: float32.
+        query_N, column_N: Which query and which candidate make each pair.
+        largest: No product of a query's and a candidate's length exceeds this.
     """
-    sums_C = torch.mv(candidates_CD.double(), query_D.double())
-    bound = _bound(len(query_D)) * largest
-    return _rounded(sums_C, bound, lambda odd: (query_D.expand(len(odd), -1), candidates_CD[odd]))
+    numbers, counts = torch.unique_consecutive(query_N, return_counts=True)
+    sums = [
+        torch.mv(candidates_CD.index_select(0, columns).double(), queries_QD[number].double())
+        for number, columns in zip(numbers.tolist(), column_N.split(counts.tolist()), strict=True)
+    ]
+    return _rounded(
+        torch.cat([queries_QD.new_empty(0, dtype=torch.float64), *sums]),
+        _bound(queries_QD.shape[1]) * largest,
+        lambda odd: (queries_QD[query_N[odd]], candidates_CD[column_N[odd]]),
+    )
 
 
 def _bound(width: int) -> float:

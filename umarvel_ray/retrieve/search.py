@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from umarvel_ray.errors import DataError
-from umarvel_ray.retrieve.scoring import exact_scores, exact_scores_of_query
+from umarvel_ray.retrieve.scoring import exact_scores, exact_scores_by_query
 from umarvel_ray.retrieve.tiles import (
     PRODUCT_DTYPES,
     Bounds,
@@ -386,18 +386,13 @@ class _Part:
 
     def _exact(self, block: _Block, query: Tensor, column: Tensor) -> Tensor:
         """Scores of survivors, which stand by query."""
-        if query.is_cuda:
-            step = max(1, _PIECE_VALUES // block.exact_CD.shape[1])
-            pairs = zip(query.split(step), column.split(step), strict=True)
-            scores = [exact_scores(self._queries_QD[q], block.exact_CD[c]) for q, c in pairs]
-        else:
-            numbers, counts = torch.unique_consecutive(query, return_counts=True)
-            scores = [
-                exact_scores_of_query(
-                    self._queries_QD[q], block.exact_CD.index_select(0, c), largest=block.largest
-                )
-                for q, c in zip(numbers.tolist(), column.split(counts.tolist()), strict=True)
-            ]
+        if not query.is_cuda:
+            return exact_scores_by_query(
+                self._queries_QD, block.exact_CD, query, column, largest=block.largest
+            )
+        step = max(1, _PIECE_VALUES // block.exact_CD.shape[1])
+        pairs = zip(query.split(step), column.split(step), strict=True)
+        scores = [exact_scores(self._queries_QD[q], block.exact_CD[c]) for q, c in pairs]
         return torch.cat([self.scores_QK.new_empty(0), *scores])
 
     def _merge(self, query: Tensor, place: Tensor, score: Tensor, row: Tensor) -> None:
