@@ -159,6 +159,7 @@ def training_item(
         others=tuple(others),
         scores=None if scores is None else tuple(scores),
         relevant=frozenset((positive.txt, positive.img_path) for positive in positives),
+        more_positives=tuple(positives[1:]),
     )
 
 

@@ -126,3 +126,27 @@ def test_each_visit_draws_its_own_negatives(reranker, data):
         drawn.add(reranker._tokenizer.decode(first.ids[first.leaf == 2]))
     assert len(drawn) == 3
     assert step.samples(step.prepare(0)) == step.prepare(0).qids
+
+
+def test_positives_and_window_are_what_a_visit_shows(reranker):
+    """Two positives of three, and as many negatives; none from beyond the window; in time all of them."""
+    positives = [Candidate(did=f"9:p{n}", txt=f"Right {n}.") for n in range(3)]
+    others = [Candidate(did=f"9:n{n}", txt=f"Wrong {n}.") for n in range(4)]
+    data = ListSet((training_item(Query(qid="9:1", txt="a kite"), *positives, others=others),))
+    step = task(reranker, data, Lanes(1), positives=2, negatives_per_positive=1, window=3)
+    seen: set[str] = set()
+    for number in range(20):
+        prepared = step.prepare(number)
+        ((tree,), (answers,)) = prepared.trees_by_lane[0], prepared.answers_by_lane[0]
+        assert answers == [True, True, False, False] and prepared.num_pairs == 4
+        texts = [
+            reranker._tokenizer.decode(tree.ids[(tree.leaf == 0) | (tree.leaf == leaf)])
+            for leaf in range(1, 5)
+        ]
+        for text, answer in zip(texts, answers, strict=True):
+            assert text.endswith(f"{'Yes' if answer else 'No'}<|im_end|>\n")
+            assert ("Candidate:Right" in text) == answer
+        assert len(set(texts)) == 4
+        seen |= {text.split("Candidate:")[1].split("<")[0] for text in texts}
+    assert seen == {"Right 0.", "Right 1.", "Right 2.", "Wrong 0.", "Wrong 1.", "Wrong 2."}
+    assert step.backward(step.prepare(0), seed=1)["num_pairs"] == 4

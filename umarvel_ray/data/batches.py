@@ -27,6 +27,7 @@ class TrainingItem:
         others: Hard negatives, or the list that a teacher scored.
         scores: The teacher's score of each of `others`; None without a teacher.
         relevant: Content keys of all listed positives: none of them may serve as a negative.
+        more_positives: The others of its positives, each content once.
     """
 
     query: Query
@@ -34,6 +35,7 @@ class TrainingItem:
     others: tuple[Candidate, ...]
     scores: tuple[float, ...] | None
     relevant: frozenset[Hashable]
+    more_positives: tuple[Candidate, ...] = ()
 
 
 class TrainingSet(Protocol):

@@ -178,14 +178,17 @@ class MbeirSet:
         record = self._queries[int(self._rows[row])]
         rng = np.random.default_rng([self._seed, row, visit])
         positive = self._pool.get(record.positives[int(rng.integers(len(record.positives)))])
-        relevant = frozenset(self.content_key(self._pool.get(did)) for did in record.positives)
+        right = {self.content_key(found): found for found in map(self._pool.get, reversed(record.positives))}
+        relevant = frozenset(right)
         others, scores = self._others(record, relevant)
+        more = [right[key] for key in reversed(right) if key != self.content_key(positive)]
         return TrainingItem(
             query=self._query(record, rng),
             positive=positive,
             others=others,
             scores=scores,
             relevant=relevant,
+            more_positives=tuple(more),
         )
 
     def _query(self, record: QueryRecord, rng: np.random.Generator) -> Query:

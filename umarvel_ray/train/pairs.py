@@ -71,15 +71,17 @@ class RerankerTask:
         items = [
             self._draw(self._data.item(int(row), visit=epoch), row=int(row), visit=epoch) for row in rows
         ]
-        costs = [token_cost(item.query) + sum(map(token_cost, item.others)) for item in items]
+        costs = [token_cost(item.query) + sum(map(token_cost, _shown(item))) for item in items]
         dealt = deal(costs, self._lanes.count)
         trees, answers = {}, {}
         for lane in self._lanes.mine:
             mine = [items[index] for index in dealt[lane]]
-            answers[lane] = [[True] + [False] * len(item.others) for item in mine]
+            answers[lane] = [
+                [True] * (1 + len(item.more_positives)) + [False] * len(item.others) for item in mine
+            ]
             trees[lane] = self._loaders.build(
                 [
-                    (item.query, [item.positive, *item.others], verdicts)
+                    (item.query, _shown(item), verdicts)
                     for item, verdicts in zip(mine, answers[lane], strict=True)
                 ]
             )
@@ -87,27 +89,32 @@ class RerankerTask:
             qids=[item.query.qid for item in items],
             trees_by_lane=trees,
             answers_by_lane=answers,
-            num_pairs=sum(1 + len(item.others) for item in items),
+            num_pairs=sum(len(_shown(item)) for item in items),
             filler=self._filler(items) if self._strategy.lockstep else None,
         )
 
     def _filler(self, items: list[TrainingItem]) -> Tree:
         """One pair with a picture, if there is any: what a lane runs that lacks one, or has nothing to do."""
-        record = filler_record([r for item in items for r in (item.query, item.positive, *item.others)])
-        item = next(i for i in items if record in (i.query, i.positive, *i.others))
+        record = filler_record([record for item in items for record in (item.query, *_shown(item))])
+        item = next(item for item in items if record in (item.query, *_shown(item)))
         shown = record if isinstance(record, Candidate) else item.positive
         return self.model.builder.build(item.query, [shown], [True])
 
     def _draw(self, item: TrainingItem, *, row: int, visit: int) -> TrainingItem:
         rng = np.random.default_rng([self._seed, row, visit])
-        num = min(self._settings.negatives_per_positive, len(item.others))
-        chosen = rng.choice(len(item.others), size=num, replace=False) if num else []
+        settings = self._settings
+        num_more = min(settings.positives - 1, len(item.more_positives))
+        others = item.others[: settings.window]
+        num = min(settings.negatives_per_positive * (1 + num_more), len(others))
+        chosen = rng.choice(len(others), size=num, replace=False) if num else []
+        more = rng.choice(len(item.more_positives), size=num_more, replace=False) if num_more else []
         return TrainingItem(
             query=item.query,
             positive=item.positive,
-            others=tuple(item.others[int(index)] for index in chosen),
+            others=tuple(others[int(index)] for index in chosen),
             scores=None,
             relevant=item.relevant,
+            more_positives=tuple(item.more_positives[int(index)] for index in more),
         )
 
     def samples(self, prepared: PreparedPairs) -> list[str]:
@@ -202,3 +209,8 @@ class RerankerTask:
     def close(self) -> None:
         """End what prepared the batches."""
         self._loaders.close()
+
+
+def _shown(item: TrainingItem) -> list[Candidate]:
+    """A drawn item's candidates, positives first."""
+    return [item.positive, *item.more_positives, *item.others]

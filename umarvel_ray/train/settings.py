@@ -130,8 +130,12 @@ class ContrastiveSettings(Config):
 class RerankerTrainSettings(Config):
     """How many pairs a query gives."""
 
+    positives: PositiveInt = 1
+    """Of a query's positives, how many a visit shows at most, drawn afresh."""
     negatives_per_positive: PositiveInt = 1
-    """Drawn afresh at each visit from the query's mined list."""
+    """Drawn afresh at each visit from the query's mined list, for each positive that is shown."""
+    window: PositiveInt | None = None
+    """Draw among the first so many of the list; among all of it by default."""
     positive_weight: NonNegativeFloat = 1.0
     """Weight of a positive pair's loss, relative to a negative's."""
 
