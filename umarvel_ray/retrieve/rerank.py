@@ -7,7 +7,7 @@ share candidates stand beside each other, so that a picture is read and looked a
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.data.sources import (
     PoolSource,
     QueryFile,
+    QuerySource,
     RecordReader,
     chosen_tasks,
     pool_sources,
@@ -30,18 +31,8 @@ from umarvel_ray.retrieve.scores import Scores
 from umarvel_ray.retrieve.settings import RerankConfig, run_path
 from umarvel_ray.storage import Place, at
 
-
-class Queries(Protocol):
-    """Where queries stand."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Names queries and instructions."""
-        ...
-
-    def by_qid(self, qid: str) -> Query:
-        """The query, with its instruction."""
-        ...
+Queries = QuerySource | QueryFile
+"""Where queries stand; each finds one by its qid."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +272,8 @@ class RerankingWorker:
     def __call__(self, task: ScoreTask) -> dict[str, Any]:
         """Score the hits of some queries; a finished part is left as it stands."""
         one, run = task.of, open_run(task.of.run)
-        reader, rows = self._open(one.pools), one.rows.tolist()
+        reader = self._open(one.pools)
+        rows: list[int] = one.rows.tolist()
         qids = [run.qids[row] for row in rows]
         dids = [list(run.dids[row])[: one.depth] for row in rows]
         recall = [run.scores[row][: one.depth] for row in rows]
