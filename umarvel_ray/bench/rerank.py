@@ -4,6 +4,7 @@ The peers run the stock Transformers model on the same tokens and pixels, and re
 which is faster than the stock processor; so what is compared is the way of scoring.
 """
 
+from functools import partial
 import random
 import tempfile
 from collections.abc import Callable, Sequence
@@ -203,7 +204,7 @@ def _generate(case: Case) -> Prepared:
         )
         return answer.scores[0]
 
-    return _prepared(case, lambda *given: _batched(*given, first_scores), stock=True)
+    return _prepared(case, partial(_batched, logits_of=first_scores), stock=True)
 
 
 def _last_position(case: Case) -> Prepared:
@@ -212,7 +213,7 @@ def _last_position(case: Case) -> Prepared:
     def last_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         return model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
 
-    return _prepared(case, lambda *given: _batched(*given, last_logits), stock=True)
+    return _prepared(case, partial(_batched, logits_of=last_logits), stock=True)
 
 
 @torch.inference_mode()

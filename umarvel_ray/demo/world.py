@@ -35,6 +35,7 @@ from umarvel_ray.demo.plan import (
     world_tasks,
 )
 from umarvel_ray.errors import OutputError
+from umarvel_ray.storage import Place
 
 WORLD_FILE = "world.json"
 SENTENCES_FILE = "nli/nli_for_simcse.csv"
@@ -110,19 +111,19 @@ def _write_mbeir(plan: Plan, config: WorldConfig, root: Path) -> dict[str, int]:
     root.mkdir(parents=True)
     files, counts = Mbeir(root), {}
 
-    def count(path: Path, number: int) -> None:
+    def count(path: Place, number: int) -> None:
         counts[path.relative_to(root.parent).as_posix()] = number
 
-    def save_queries(path: Path, queries: list[Asked]) -> None:
+    def save_queries(path: Place, queries: list[Asked]) -> None:
         write_queries(path, [_query_record(query, root) for query in queries], root)
         count(path, len(queries))
 
-    def save_qrels(path: Path, queries: list[Asked]) -> None:
+    def save_qrels(path: Place, queries: list[Asked]) -> None:
         qrels = {query.qid: {entry.did: 1 for entry in query.positives} for query in queries}
         write_qrels(path, qrels, task_ids={query.qid: query.task.task_id for query in queries})
         count(path, sum(len(grades) for grades in qrels.values()))
 
-    def save_pool(path: Path, pool: list[Entry]) -> None:
+    def save_pool(path: Place, pool: list[Entry]) -> None:
         world = root.parent
         write_pool(
             path, [Candidate(e.did, e.txt, e.img_path and str(world / e.img_path)) for e in pool], root

@@ -165,7 +165,7 @@ def paired_difference(
     }
 
 
-def build_comparison(inputs: CompareInputs, output: Path) -> dict[str, Any]:
+def build_comparison(inputs: CompareInputs, output: Place) -> dict[str, Any]:
     """Write compare.json and compare.html into `output`.
 
     Raises:

@@ -36,6 +36,7 @@ class UMarvel(InputModule):
 
     config_file_name = SETTINGS
     auto_class: Any = AutoModel
+    tokenizer: Any  # the base class knows fewer kinds
 
     def __init__(
         self, model: Any, tokenizer: Any, settings: dict[str, Any], processor: dict[str, Any]

@@ -79,4 +79,4 @@ class UMarvelReranker(UMarvel):
 
     def _cut(self, text: str) -> str:
         ids, most = self._encode(text), self.max_seq_length
-        return text if len(ids) <= most else self.tokenizer.decode(ids[:most])
+        return text if len(ids) <= most else str(self.tokenizer.decode(ids[:most]))

@@ -94,7 +94,7 @@ def best_kernel(device: torch.device, dtype: torch.dtype) -> Kernel:
 
 
 @lru_cache(maxsize=1)
-def _varlen_kernel() -> Callable[..., Tensor] | None:
+def _varlen_kernel() -> Callable[..., Any] | None:
     """PyTorch's flash attention over cumulative lengths, where this build has it."""
     try:
         from torch.nn.attention.varlen import varlen_attn

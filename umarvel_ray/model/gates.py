@@ -60,7 +60,7 @@ def _content(item: Item) -> bytes:
     digest = hashlib.blake2b(item.ids.tobytes(), digest_size=16)
     for visual in item.visuals:
         if visual.patches is not None:
-            digest.update(visual.patches)
+            digest.update(visual.patches.tobytes())
         elif visual.features is not None:
-            digest.update(visual.features.contiguous().view(torch.uint8).numpy())
+            digest.update(visual.features.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.digest()

@@ -92,7 +92,7 @@ def load_adapter(model: Any, path: str | Path) -> Any:
     """
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
-    config = LoraConfig.from_pretrained(str(path))
+    config: Any = LoraConfig.from_pretrained(str(path))
     if getattr(config, "peft_type", None) != "LORA" or config.use_dora:
         raise CheckpointError(f"{path}: only plain LoRA adapters are read. Merge it with PEFT first.")
     state = read_adapter(path)

@@ -89,7 +89,7 @@ def _read_frames(path: str, settings: VideoSettings) -> tuple[list[Image.Image],
                 for number, frame in enumerate(container.decode(container.streams.video[0]))
                 if number in wanted
             }
-    except av.error.FFmpegError as error:
+    except av.FFmpegError as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: not a whole video ({reason}). Replace the file.") from None
     return [kept[number] for number in numbers], [number / rate for number in numbers]

@@ -107,8 +107,8 @@ class VisionStore:
     def _open_writer(self) -> tuple[str, Any, Any]:
         if self._writer is None:
             stem = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
-            files = [open(self.folder / f"{stem}.{kind}", "xb") for kind in ("features", "index")]  # noqa: SIM115
-            self._writer = (stem, *files)
+            data, index = (open(self.folder / f"{stem}.{kind}", "xb") for kind in ("features", "index"))  # noqa: SIM115
+            self._writer = (stem, data, index)
         return self._writer
 
     def _read_index(self, file: Path) -> None:
@@ -124,7 +124,7 @@ class VisionStore:
         stem, offset, num, grid, checksum = self._found[key]
         end = offset + num * self._row_bytes
         data = self._map(stem, end)
-        if data is None or zlib.crc32(data[offset:end]) != checksum:
+        if data is None or zlib.crc32(data[offset:end].tobytes()) != checksum:
             del self._found[key]
             return None
         values = torch.from_numpy(data[offset:end]).view(self._dtype).view(num, self._width)

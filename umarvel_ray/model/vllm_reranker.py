@@ -40,7 +40,7 @@ class VllmReranker:
             CheckpointError: vLLM is not installed, or nothing loadable lies there.
         """
         try:
-            import vllm
+            import vllm  # pyright: ignore[reportMissingImports]  (an extra)
         except ImportError:
             raise CheckpointError(
                 "backend 'vllm' needs vLLM, which is not installed: `pip install 'umarvel-ray[vllm]'`, or "

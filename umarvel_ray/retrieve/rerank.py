@@ -275,7 +275,7 @@ class RerankingWorker:
         reader = self._open(one.pools)
         rows: list[int] = one.rows.tolist()
         qids = [run.qids[row] for row in rows]
-        dids = [list(run.dids[row])[: one.depth] for row in rows]
+        dids: list[list[str]] = [list(run.dids[row])[: one.depth] for row in rows]
         recall = [run.scores[row][: one.depth] for row in rows]
         queries = [one.queries.by_qid(qid) for qid in qids]
         candidates: dict[str, Candidate] = {}

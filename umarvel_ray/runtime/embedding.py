@@ -261,7 +261,8 @@ class _ReadAhead:
 
         ready, _ = ray.wait([reference], timeout=self._patience_s)
         if ready:
-            window, self._patience_s = ray.get(reference), _PATIENCE_S
+            window: Any = ray.get(reference)
+            self._patience_s = _PATIENCE_S
         else:
             # Encoders may have taken every CPU there is: readers would wait for them, and they for readers.
             _log.warning("no CPU came free for readers: this encoder reads for itself")
