@@ -39,8 +39,8 @@ class StubEmbedder:
     builder: Any
     dim: int = _DIM
 
-    def embed_items(self, items: Sequence[Any], *, max_tokens: int = 8192) -> np.ndarray:
-        """(N, D) float32, unit norm; equal tokens and pixels give equal vectors."""
+    def embed_items(self, items: Sequence[Any], *, max_tokens: int = 8192) -> Any:
+        """An array (N, D) float32, unit norm; equal tokens and pixels give equal vectors."""
         seeds_N = np.array(
             [int(item.ids.sum()) % 9973 + 7 * item.num_tokens for item in items], dtype=np.float32
         )

@@ -4,11 +4,10 @@ The peers run the stock Transformers model on the same tokens and pixels, and re
 which is faster than the stock processor; so what is compared is the way of scoring.
 """
 
-from functools import partial
 import random
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 

@@ -23,6 +23,7 @@ from umarvel_ray.evaluate.figures import ticks
 from umarvel_ray.evaluate.history import fact_text, read_object
 from umarvel_ray.evaluate.panels import error_panels, score_panels
 from umarvel_ray.evaluate.published import PUBLISHED, PUBLISHED_SETS, PublishedResult
+from umarvel_ray.storage import Place
 
 QueryTable = dict[tuple[str, str], dict[str, tuple[float, int]]]
 """{(task, pool): {qid: (headline, rank of the first right candidate)}}."""

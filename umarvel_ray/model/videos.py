@@ -67,6 +67,7 @@ def load_video(
 def _read_frames(path: str, settings: VideoSettings) -> tuple[list[Image.Image], list[float]]:
     try:
         import av
+        from av.error import FFmpegError
     except ImportError:
         raise DataError(f"{path}: reading videos needs PyAV. pip install 'umarvel-ray[video]'.") from None
     if not Path(path).exists():
@@ -89,7 +90,7 @@ def _read_frames(path: str, settings: VideoSettings) -> tuple[list[Image.Image],
                 for number, frame in enumerate(container.decode(container.streams.video[0]))
                 if number in wanted
             }
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: not a whole video ({reason}). Replace the file.") from None
     return [kept[number] for number in numbers], [number / rate for number in numbers]
