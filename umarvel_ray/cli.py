@@ -378,6 +378,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # Where it is installed, Accelerate loads DeepSpeed with any model, and it warns that it found no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     # What another library will drop some day is no news to who trains with it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 

@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 Summary = dict[str, Any]
 _WORTH_TELLING_FLOP = 1e12
 """A search of seconds is done before its estimate is read."""
+_FOR_PLANS = {"flop", "most_actor_bytes", "actor_seconds"}
+"""Figures that `umarvel plan` measures by; no news to who watches."""
 _FIGURES_SHOWN = 4
 """Of a job's summary on its line; all of them stand in its `done.json`."""
 
@@ -322,7 +324,8 @@ def perform(kind: str, config: Config, runtime: RuntimeSettings, view: View, *, 
         done = {"seconds": round(seconds, 2), "resumed": resumed, "runtime": runtime.model_dump(mode="json")}
         finish_folder(output, {**summary, **done})
         logger.info("finished", extra={"figures": summary, "seconds": seconds})
-    shown = [_figure(key, value) for key, value in summary.items() if isinstance(value, int | float)]
+    told = {key: value for key, value in summary.items() if key not in _FOR_PLANS}
+    shown = [_figure(key, value) for key, value in told.items() if isinstance(value, int | float)]
     figures = "  ".join(shown[:_FIGURES_SHOWN])
     view.line(f"[green]✓[/] {title}  [dim]{short_time(seconds)}  {figures}[/]")
     return True

@@ -317,8 +317,6 @@ def prepare_worker(settings: RuntimeSettings) -> None:
     logs.configure()
     if not settings.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        # Where DeepSpeed is installed, PEFT and Accelerate load it, and it says that it found no GPU.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import torch
 
     torch.set_num_threads(settings.threads)
