@@ -1,5 +1,6 @@
 """`umarvel JOB CONFIG.yaml [key=value …]`: the command line. Our errors become one line and exit code 2."""
 
+import logging
 import os
 import sys
 import warnings
