@@ -90,7 +90,7 @@ def test_a_node_lost_during_each_kind_of_work_changes_nothing(tiny: TinyRun, fin
             nodes.remove_node(lost, allow_graceful=False)
             assert not is_finished(output / job), f"lost too late for {job}"
             nodes.add_node(**NODE)
-        assert process.wait(timeout=240) == 0, log.read_text()
+        assert process.wait(timeout=420) == 0, log.read_text()
     finally:
         process.kill()
         process.wait()

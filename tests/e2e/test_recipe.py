@@ -125,7 +125,7 @@ class Process:
 
     def end(self) -> str:
         """Wait for a good end; everything it and its forerunners said."""
-        code = self._process.wait(timeout=180)
+        code = self._process.wait(timeout=420)
         assert code == 0, self._log.read_text()
         return self._log.read_text()
 
