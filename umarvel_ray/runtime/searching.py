@@ -24,7 +24,7 @@ from umarvel_ray.retrieve.settings import SearchBackend
 from umarvel_ray.retrieve.store import EmbeddingPool, EmbeddingStore
 from umarvel_ray.runtime.cluster import RuntimeSettings
 from umarvel_ray.runtime.pool import run_actors
-from umarvel_ray.storage import Place
+from umarvel_ray.storage import Place, remove_tree
 
 _CANDIDATE_BYTES = 1 << 28
 """float32 candidates that are searched together; another such block is read ahead."""
@@ -259,11 +259,8 @@ def _finish(task: SearchTask, cells: Sequence[_Cell]) -> None:
     blocks = (merge_top_k([read_hits(cell.part) for cell in some], task.k) for some in by_block.values())
     queries, pool = EmbeddingStore.open(task.queries), EmbeddingPool(task.pools)
     write_run(task.output, blocks, qids=queries.ids, dids=pool.ids)
-    folder = cells[0].part.parent
-    for part in (*(cell.part for cell in cells), folder / "cut.json"):
-        part.unlink()
-    if not hasattr(folder, "upload"):  # object storage has no empty folders
-        folder.rmdir()  # pyright: ignore[reportAttributeAccessIssue]
+    # With all in it: an actor whose driver was killed may still have been at a part of its own.
+    remove_tree(cells[0].part.parent)
 
 
 class SearchWorker:
