@@ -12,19 +12,22 @@ PYTHON := $(shell for python in python3 python3.12 python3.11 python3.13; do \
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check style lock clean
+.PHONY: help setup demo test test-fast test-cluster check style lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  ARGS="..." adds arguments to demo, test and test-fast; PYTHON=... names the Python to use.'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo '  ARGS="..." adds arguments to demo and the tests; PYTHON=... names the Python to use.'
 
 setup: $(READY) ## the virtual environment with locked dependencies (the others call it)
 
 demo: $(READY) ## the whole recipe on the demonstration world, in minutes; ends with a table and report.html
 	@$(BIN)/umarvel demo $(ARGS)
 
-test: $(READY) ## all tests but those that need a GPU
-	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+test: $(READY) ## all tests but those of whole clusters and those that need a GPU
+	@$(BIN)/python -m pytest -m "not gpu and not cluster" $(ARGS)
+
+test-cluster: $(READY) ## whole runs on clusters of several nodes and on object storage, minutes each
+	@$(BIN)/python -m pytest -m cluster $(ARGS)
 
 test-fast: $(READY) ## the tests that take no more than a minute and a half together
 	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)

@@ -64,6 +64,7 @@ def busiest(nodes: Any, process_name: str) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_node_lost_during_each_kind_of_work_changes_nothing(tiny: TinyRun, finished, nodes):
     output = tiny.home / "nodes"
     log = output.with_suffix(".log")

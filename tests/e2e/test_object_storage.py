@@ -73,6 +73,7 @@ def start(tiny: TinyRun, endpoint: dict[str, str], log: Path, *arguments: str) -
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_every_path_on_s3_and_a_killed_driver(tiny: TinyRun, finished, endpoint, tmp_path):
     s3 = client(endpoint)
     s3.create_bucket(Bucket="data")

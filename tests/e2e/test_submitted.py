@@ -93,6 +93,7 @@ def answers(url: str) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_job_script_runs_on_a_running_cluster(tiny: TinyRun, tmp_path, cluster):
     mbeir, task = Mbeir(tiny.root), TASK_BY_NAME["mscoco_task0"]
     rng = np.random.default_rng(0)
@@ -169,6 +170,7 @@ class Command:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_runs_on_one_cluster_do_not_disturb_each_other(tiny: TinyRun, finished, tmp_path, cluster):
     """A run handed in ends as one made here; meanwhile comes the same run again, a job of another user, and
     someone who starts one into the first one's folder."""
@@ -212,6 +214,7 @@ def test_runs_on_one_cluster_do_not_disturb_each_other(tiny: TinyRun, finished, 
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_an_exit_code_comes_back(tiny: TinyRun, tmp_path, cluster):
     wrong = Command(
         tmp_path / "wrong.log",

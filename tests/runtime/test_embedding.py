@@ -221,6 +221,7 @@ def test_a_bad_row_stops_the_run_on_ray_and_is_named(by_value, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.cluster
 def test_a_node_that_is_killed_costs_nothing_that_was_finished(undisturbed, tmp_path, monkeypatch):
     from ray.cluster_utils import Cluster
 
@@ -272,6 +273,7 @@ def object_storage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     server.stop()
 
 
+@pytest.mark.cluster
 def test_object_storage_gives_the_same_bytes(object_storage, tmp_path):
     """Pool, pictures and output in a bucket, on Ray; a second start finds everything."""
     from umarvel_ray.artifacts import atomic_write
