@@ -13,9 +13,10 @@ SCRIPTS = sorted((ROOT / "jobs").glob("*.py"))
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_a_script_does_its_job(script, monkeypatch, capsys):
-    """With the example settings of that job; a whole run shows what it takes."""
+    """With that job's example settings; runs and trainings, whose plans read data, show what they take."""
     config = ROOT / "configs" / "jobs" / f"{script.stem}.yaml"
-    arguments = ["--help"] if script.stem == "run" else [str(config), "--dry-run"]
+    looks_at_data = script.stem in ("run", "train")
+    arguments = ["--help"] if looks_at_data else [str(config), "--dry-run"]
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
     monkeypatch.chdir(ROOT)
     try:
@@ -23,7 +24,7 @@ def test_a_script_does_its_job(script, monkeypatch, capsys):
     except SystemExit as ended:
         assert not ended.code
     said = capsys.readouterr().out
-    assert "Usage: umarvel run" in said if script.stem == "run" else "output: " in said
+    assert (f"Usage: umarvel {script.stem}" if looks_at_data else "output: ") in said
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)

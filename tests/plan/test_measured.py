@@ -19,6 +19,8 @@ def test_records_are_counted_and_tokens_estimated_from_a_sample(finished):
     run, _ = finished
     works = work_of(run, world_of(run, image_tokens=0), shape_of(run.backbone), Crew(2, 2, 1))
     for work in works:
+        if work.kind not in ("embed", "train"):
+            continue
         done = read_json(Path(run.output) / work.job / "done.json")
         if work.kind == "embed":
             assert work.amount == done["rows"], work.job
