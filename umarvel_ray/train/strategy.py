@@ -251,7 +251,7 @@ class Zero(Replicated):
         )
         # DeepSpeed lays out the moments in its first step, or has made one of zeros. A resumed training needs
         # them before, and its step counted right.
-        for parameter in [p for group in base.param_groups for p in group["params"]] or list(base.state):
+        for parameter in self._masters(base):
             base.state[parameter] = {
                 "step": torch.tensor(0.0),
                 **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
@@ -264,6 +264,12 @@ class Zero(Replicated):
         if not temperature:
             return [base]
         return [base, torch.optim.AdamW(temperature, lr=0.0, betas=settings.betas, weight_decay=0.0)]
+
+    def _masters(self, base: torch.optim.Optimizer) -> list[Tensor]:
+        """The flat tensors that the optimizer steps: ZeRO-3 lends them to it for the time of a step alone."""
+        if self._how.zero_stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [parameter for group in base.param_groups for parameter in group["params"]]
 
     def run(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """See `Replicated.run`."""
