@@ -60,7 +60,7 @@ def test_alpha_is_the_best_of_the_curve_and_the_largest_among_equals():
     wanted = {"one": "b", "two": "d"}
 
     def quality(task: str):
-        return lambda run: float(next(iter(run.dids))[0] == wanted[task])
+        return lambda run: np.array([dids[0] == wanted[task] for dids in run.dids], float)
 
     one = Scores.of_lists(["1"], [["a", "b"]], [[0.9, 0.5]], [[0.1, 0.7]], {})
     two = Scores.of_lists(["2"], [["c", "d"]], [[0.9, 0.8]], [[0.1, 0.7]], {})
@@ -72,6 +72,26 @@ def test_alpha_is_the_best_of_the_curve_and_the_largest_among_equals():
     assert dict(map(tuple, tuned["curve"])) == expected
     assert tuned["alpha"] == max(alpha for alpha, share in expected.items() if share == 1) == 0.55
     assert tuned["tasks"]["two"] == [float(alpha < 0.857) for alpha, _ in tuned["curve"]]
+
+
+@pytest.mark.parametrize("mended, spoiled, alpha", [(4, 3, 1.0), (4, 0, 0.55)])
+def test_alpha_leaves_the_recall_for_no_less_than_a_standard_error(mended, spoiled, alpha):
+    """Of 12 queries an alpha below 0.57 mends and spoils some: one more mended than spoiled is noise."""
+    p_yes = [[0.1, 0.5] if query < mended + spoiled else [0.5, 0.1] for query in range(12)]
+    qids = [str(query) for query in range(12)]
+    scores = Scores.of_lists(qids, [["a", "b"]] * 12, [[0.8, 0.5]] * 12, p_yes, {})
+
+    def quality(run):
+        right = ["b" if query < mended else "a" for query in range(12)]
+        return np.array([dids[0] == did for dids, did in zip(run.dids, right, strict=True)], float)
+
+    tuned = tune_alpha({"one": scores}, {"one": quality})
+    gain = (mended - spoiled) / 12
+    error = np.sqrt(((mended + spoiled) / 12 - gain**2) / 12)
+    assert (gain > error) == (alpha < 1)
+    assert tuned["alpha"] == alpha and tuned["best"] == 0.55
+    curve = dict(tuned["curve"])
+    assert curve[0.55] - curve[1.0] == pytest.approx(gain)
 
 
 def test_a_teachers_table_is_a_run_and_keeps_what_it_was_made_of(tmp_path):

@@ -79,9 +79,10 @@ def draw_fusion(fusion: FusionInput) -> Sensitivity:
     if not points:
         raise DataError(f"{fusion.alpha}: alpha was not tuned there. Leave it out of the report.")
     quality_of = dict(points)
-    best = found["alpha"]
+    taken = found["alpha"]
     words = [
-        f"alpha {short_number(best)}: {quality_of[best]:.4f}",
+        f"alpha {short_number(taken)}: {quality_of[taken]:.4f}",
+        f"best of the curve: {max(quality_of.values()):.4f}",
         f"P(Yes) alone: {quality_of[min(quality_of)]:.4f}",
         f"recall alone: {quality_of[max(quality_of)]:.4f}",
     ]

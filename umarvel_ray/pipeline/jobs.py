@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from umarvel_ray import logs
 from umarvel_ray.artifacts import (
     DONE_FILE,
@@ -28,7 +30,7 @@ from umarvel_ray.config import Config
 from umarvel_ray.data.mbeir import Mbeir
 from umarvel_ray.data.sources import Source, chosen_tasks, local_pool_source, pool_sources, query_source
 from umarvel_ray.data.trec import Run
-from umarvel_ray.errors import UmarvelError
+from umarvel_ray.errors import DataError, UmarvelError
 from umarvel_ray.pipeline.lock import only_one
 from umarvel_ray.pipeline.mining import MiningInputs
 from umarvel_ray.pipeline.progress import Recorder
@@ -230,13 +232,13 @@ def rerank(config: RerankConfig, runtime: RuntimeSettings, view: View) -> Summar
     return {"pairs": pairs, "alpha": tuned["alpha"]}
 
 
-def _ranking_quality(config: RerankConfig, name: str) -> Callable[[Run], float]:
-    """What alpha is tuned for: the mean reciprocal rank on a val request.
+def _ranking_quality(config: RerankConfig, name: str) -> Callable[[Run], np.ndarray]:
+    """What alpha is tuned for: the reciprocal rank [Q] of each query of a val request.
 
     It feels every move; the headline of a few dozen queries hardly does.
     """
     from umarvel_ray.data.trec import read_qrels
-    from umarvel_ray.evaluate.metrics import mean_scores
+    from umarvel_ray.evaluate.metrics import score_queries
 
     own = [one for one in config.lists if one.name == name and one.split == "val"]
     if own:
@@ -248,8 +250,12 @@ def _ranking_quality(config: RerankConfig, name: str) -> Callable[[Run], float]:
         (task,) = chosen_tasks(mbeir, "val", (name,))
         qrels = mbeir.qrels(task, "val")
 
-    def quality(run: Run) -> float:
-        return mean_scores(qrels, dict(zip(run.qids, run.dids, strict=True)), ["mrr@10"])["mrr@10"]
+    def quality(run: Run) -> np.ndarray:
+        if not run.qids:
+            raise DataError(
+                f"{name}, val: no query was scored, so alpha cannot be tuned. Check its qrels, or give alpha."
+            )
+        return score_queries(qrels, dict(zip(run.qids, run.dids, strict=True)), ["mrr@10"])["mrr@10"]
 
     return quality
 

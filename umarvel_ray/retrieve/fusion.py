@@ -85,27 +85,37 @@ def teacher_table(scores: Scores, weights: tuple[float, float]) -> "pa.Table":
 
 def tune_alpha(
     scores: Mapping[str, Scores],
-    quality: Mapping[str, Callable[[Run], float]],
+    quality: Mapping[str, Callable[[Run], np.ndarray]],
     *,
     alphas: Sequence[float] = ALPHAS,
 ) -> dict[str, Any]:
-    """The alpha whose rankings are best on validation data, and the whole curve.
+    """The alpha to rank with, chosen on validation data, and the whole curve.
+
+    It is the largest whose mean is within one standard error of the best one's, over the same queries: a weak
+    reranker's best alpha is often noise, and the recall is what it has to beat. Source: the rule of one
+    standard error of Breiman, Friedman, Olshen and Stone, Classification and Regression Trees (1984), 3.4.3.
 
     Args:
         scores: Of each task's validation queries.
-        quality: For each task a function of a run, higher is better.
-        alphas: To try; among equals the largest, which trusts the recall most.
+        quality: For each task a function of a run → [Q], a number for each of its queries, higher is better.
+        alphas: To try.
 
     Returns:
-        `{"alpha": …, "curve": [[alpha, mean quality], …], "tasks": {task: [quality, …]}}`.
+        `{"alpha": …, "best": …, "curve": [[alpha, mean over tasks], …], "tasks": {task: [mean, …]}}`; `best`
+        is the alpha at the top of the curve, the largest among equals.
     """
     by_task = {
-        task: [float(quality[task](fuse(own, (alpha, 1 - alpha)))) for alpha in alphas]
+        task: np.stack([np.asarray(quality[task](fuse(own, (alpha, 1 - alpha)))) for alpha in alphas])
         for task, own in scores.items()
+    }  # [A, Q] of each task
+    means = np.mean([values_AQ.mean(axis=1) for values_AQ in by_task.values()], axis=0)
+    best = max(range(len(alphas)), key=lambda place: (round(means[place], 6), alphas[place]))
+    lost = [values_AQ[best] - values_AQ for values_AQ in by_task.values()]
+    error_A = np.sqrt(sum(lost_AQ.var(axis=1) / lost_AQ.shape[1] for lost_AQ in lost)) / len(lost)
+    alike = np.flatnonzero(means[best] - means <= error_A + 1e-6)
+    return {
+        "alpha": max(alphas[int(place)] for place in alike),
+        "best": alphas[best],
+        "curve": [[alpha, float(mean)] for alpha, mean in zip(alphas, means, strict=True)],
+        "tasks": {task: values_AQ.mean(axis=1).tolist() for task, values_AQ in by_task.items()},
     }
-    curve = [
-        [alpha, float(np.mean([row[place] for row in by_task.values()]))]
-        for place, alpha in enumerate(alphas)
-    ]
-    best = max(curve, key=lambda point: (round(point[1], 6), point[0]))
-    return {"alpha": best[0], "curve": curve, "tasks": by_task}

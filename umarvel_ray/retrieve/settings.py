@@ -131,7 +131,7 @@ class FusionSettings(Config):
     """`alpha`: α·recall + (1 − α)·P(Yes), the paper's. `sum`: recall + w·P(Yes), the released code's; a
     student is taught half of it."""
     alpha: Alpha | None = "tune"
-    """α of `alpha`. `tune`: best on the val request."""
+    """α of `alpha`. `tune`: chosen on the val request."""
     weight: NonNegativeFloat = 1.0
     """w of `sum`."""
     by_task: dict[str, NonNegativeFloat] | None = None
