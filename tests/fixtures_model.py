@@ -23,6 +23,7 @@ from umarvel_ray.data.mbeir import (
     write_queries,
 )
 from umarvel_ray.data.records import Candidate, Query
+from umarvel_ray.data.training_sets import OneTaskSet
 from umarvel_ray.demo.backbone import BackboneConfig, make_backbone
 
 CONFIG = BackboneConfig(
@@ -122,19 +123,11 @@ def reference(backbone: str) -> Reference:
 
 
 @dataclass(frozen=True)
-class ListSet:
+class ListSet(OneTaskSet):
     """A training set in memory; equal words and picture are equal content."""
 
     items: tuple[TrainingItem, ...]
     fingerprint: str = "list"
-
-    @property
-    def tasks(self) -> np.ndarray:
-        return np.zeros(len(self), dtype=np.int64)
-
-    @property
-    def questions(self) -> np.ndarray:
-        return np.arange(len(self))
 
     def __len__(self) -> int:
         return len(self.items)

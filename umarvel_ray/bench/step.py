@@ -28,6 +28,7 @@ from umarvel_ray.bench.rerank import QWEN2_VL_7B as QWEN2_VL_7B_SIZES
 from umarvel_ray.bench.rerank import enlarge
 from umarvel_ray.data.batches import BatchPlan, TrainingItem, deal
 from umarvel_ray.data.records import Candidate, Query
+from umarvel_ray.data.training_sets import OneTaskSet
 from umarvel_ray.demo.backbone import BackboneConfig, make_backbone
 from umarvel_ray.model.adapters import adapter_for
 from umarvel_ray.model.attention import NAME, set_attention, use_packed_attention
@@ -133,7 +134,7 @@ def _padded_workers(case: Case, pairs: list[list[_Item]]) -> Sequence[float]:
     return costs
 
 
-class _Records:
+class _Records(OneTaskSet):
     """A training set of real texts and pictures with the drawn lengths."""
 
     fingerprint = "bench"
@@ -158,14 +159,6 @@ class _Records:
             self._items.append(
                 TrainingItem(query, positive, tuple(others), None, frozenset([self.content_key(positive)]))
             )
-
-    @property
-    def tasks(self) -> np.ndarray:
-        return np.zeros(len(self), dtype=np.int64)
-
-    @property
-    def questions(self) -> np.ndarray:
-        return np.arange(len(self))
 
     def __len__(self) -> int:
         return len(self._items)

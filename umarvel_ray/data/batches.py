@@ -181,6 +181,12 @@ class ContrastiveBatch:
         counts_QG &= ~np.isin(keys_QG, self.false_pairs[0] * self.num_candidates + self.false_pairs[1])
         return columns_QG.clip(min=0), counts_QG
 
+    def negatives_per_query(self, *, own_lists: bool) -> float:
+        """Mean over queries of the candidates that one is pushed from: of its own list, or of the batch."""
+        if own_lists:
+            return float(self.listed()[1].sum()) / self.num_queries - 1
+        return self.num_candidates - 1 - len(self.false_pairs[0]) / self.num_queries
+
     def answered_pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """On the way back, from the positive of query p: p, and the queries that it answers too."""
         order = np.argsort(self.positive_Q, kind="stable")

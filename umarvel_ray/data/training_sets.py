@@ -18,12 +18,11 @@ from umarvel_ray.data.trec import Run
 from umarvel_ray.errors import DataError
 
 
-class PairSet:
-    """Sentence or caption pairs, one positive each."""
+class OneTaskSet:
+    """What a training set of one task, where no two rows ask the same, shares with others of its kind."""
 
-    def __init__(self, pairs: PairSource) -> None:
-        self._pairs = pairs
-        self.fingerprint = pairs.fingerprint
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     @property
     def tasks(self) -> np.ndarray:
@@ -34,6 +33,14 @@ class PairSet:
     def questions(self) -> np.ndarray:
         """See `TrainingSet.questions`: each its own."""
         return np.arange(len(self))
+
+
+class PairSet(OneTaskSet):
+    """Sentence or caption pairs, one positive each."""
+
+    def __init__(self, pairs: PairSource) -> None:
+        self._pairs = pairs
+        self.fingerprint = pairs.fingerprint
 
     def __len__(self) -> int:
         return len(self._pairs)

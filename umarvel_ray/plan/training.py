@@ -69,11 +69,8 @@ def estimate_stage(
     rows, epoch = plan.rows(0)
     masked = config.loss.mask_false_negatives
     batch = build_batch(data, rows, visit=epoch, mask_false_negatives=masked)
-    own_lists = config.loss.negatives == "own" or config.loss.kind == "distillation"
-    if own_lists or config.model == "reranker":
-        negatives = float(batch.listed()[1].sum()) / batch.num_queries - 1
-    else:
-        negatives = batch.num_candidates - 1 - len(batch.false_pairs[0]) / batch.num_queries
+    own_lists = config.model == "reranker" or config.loss.over_own_lists
+    negatives = batch.negatives_per_query(own_lists=own_lists)
     lengths = _lengths(config, batch.records)
     tokens = sum(length for length, _ in lengths) / len(lengths) * len(batch.records)
     own_tokens = tokens / runtime.num_workers

@@ -114,7 +114,7 @@ class ContrastiveTask:
     def backward(self, prepared: PreparedBatch, *, seed: int) -> dict[str, float]:
         """Leave the gradient of the global batch's mean loss; return figures for the log."""
         batch = prepared.batch
-        of_lists = self._settings.kind == "distillation" or self._settings.negatives == "own"
+        of_lists = self._settings.over_own_lists
         batch_loss = self._loss_of_lists if of_lists else self._loss_of_batch
         seen: list[Tensor] = []
 
@@ -139,7 +139,9 @@ class ContrastiveTask:
             "temperature": self.model.temperature.item(),
             "num_queries": batch.num_queries,
             "num_candidates": batch.num_candidates,
-            "negatives_per_query": self._negatives_per_query(batch),
+            "negatives_per_query": round(
+                batch.negatives_per_query(own_lists=self._settings.over_own_lists), 2
+            ),
             "false_negatives": len(batch.false_pairs[0]),
         }
 
@@ -174,12 +176,6 @@ class ContrastiveTask:
     def close(self) -> None:
         """End what prepared the batches."""
         self._loaders.close()
-
-    def _negatives_per_query(self, batch: ContrastiveBatch) -> float:
-        """Mean over queries of the candidates that one is pushed from."""
-        if self._settings.kind == "distillation" or self._settings.negatives == "own":
-            return round(float(batch.listed()[1].sum()) / batch.num_queries - 1, 2)
-        return round(batch.num_candidates - 1 - len(batch.false_pairs[0]) / batch.num_queries, 2)
 
     def after_step(self) -> None:
         """Keep τ positive: an optimizer step may not carry it through zero."""

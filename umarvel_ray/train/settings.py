@@ -126,6 +126,11 @@ class ContrastiveSettings(Config):
     teacher_temperature: PositiveFloat | None = None
     """Of the teacher's scores in distillation; by default the student's, without gradient."""
 
+    @property
+    def over_own_lists(self) -> bool:
+        """Whether a query meets the candidates of its own list alone."""
+        return self.kind == "distillation" or self.negatives == "own"
+
 
 class RerankerTrainSettings(Config):
     """How many pairs a query gives."""
