@@ -18,11 +18,12 @@ import torch
 
 from umarvel_ray.bench.harness import Answer, Benchmark, BenchmarkError, Case, Prepared
 from umarvel_ray.demo.backbone import BackboneConfig, make_backbone
-from umarvel_ray.model.adapters import adapter_for, embed_patches_as_rows
+from umarvel_ray.model.adapters import adapter_for
 from umarvel_ray.model.attention import log_kernel, use_packed_attention
 from umarvel_ray.model.backbone import add_tokens
 from umarvel_ray.model.encoder import INITIAL_TEMPERATURE, Encoder
 from umarvel_ray.model.inputs import Item
+from umarvel_ray.model.modules import use_fast_modules
 from umarvel_ray.model.padded import embed_padded
 from umarvel_ray.model.prompts import ADDED_TOKENS
 from umarvel_ray.model.settings import EncoderSettings
@@ -112,7 +113,7 @@ def _encoder(case: Case) -> Encoder:
     with torch.device(case["device"]):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
     use_packed_attention(model)
-    embed_patches_as_rows(model.model.visual)
+    use_fast_modules(model.model)
     add_tokens(model, tokenizer, ADDED_TOKENS, path="random weights")
     log_kernel(torch.device(case["device"]), dtype)
     adapter = adapter_for(config, "random weights")

@@ -7,16 +7,15 @@ tokens, D width, T tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from umarvel_ray.errors import CheckpointError
 from umarvel_ray.model.attention import PackedLayout
 from umarvel_ray.model.images import Grid, normalise_patches
+from umarvel_ray.model.modules import takes_stills
 
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -97,8 +96,9 @@ class Qwen2VL:
         Equal grids form one dense block; nothing is asked back from the device on the way.
         """
         mean, deviation = self.normalisation
+        frames = 1 if takes_stills(core) else self.temporal
         pixels = normalise_patches(
-            patches_P, mean=mean, deviation=deviation, patch_size=self.patch_size, temporal=self.temporal
+            patches_P, mean=mean, deviation=deviation, patch_size=self.patch_size, temporal=frames
         ).to(core.visual.dtype)
         grid_thw = torch.tensor(grids)
         plan = self._plan(core.visual, grid_thw, pixels)
@@ -211,23 +211,6 @@ Adapter = Qwen2VL
 """What all of them offer."""
 
 ADAPTERS: dict[str, type[Adapter]] = {kind.model_type: kind for kind in (Qwen2VL, Qwen25VL, Qwen3VL)}
-
-
-def embed_patches_as_rows(tower: Any) -> None:
-    """Let a tower embed its patches by one matrix product. It convolves with a stride of the kernel's size,
-    which is that product, five times as slow on a CPU. `embed_patches_by_convolution` takes it back.
-    """
-    tower.patch_embed.forward = partial(_project, tower.patch_embed.proj)
-
-
-def _project(convolution: Any, patches: Tensor) -> Tensor:
-    weight = convolution.weight.flatten(1)
-    return F.linear(patches.to(weight.dtype), weight, convolution.bias)
-
-
-def embed_patches_by_convolution(tower: Any) -> None:
-    """The tower's own way."""
-    tower.patch_embed.__dict__.pop("forward", None)
 
 
 def adapter_for(config: Any, path: str) -> Adapter:

@@ -1,9 +1,9 @@
 """Attention inside each item of a packed micro-batch, in the decoder and in the vision tower.
 
 Items lie end to end in one row of tokens. On a GPU in half precision a flash kernel takes cumulative lengths.
-Elsewhere, for attention alone, items are laid side by side in blocks of items of like length, (B items, L
-tokens), so that a few dense products serve all; everything else in the model sees the packed row. T tokens,
-H heads, D width of a head, N items.
+Elsewhere a long item, or a run of equally long ones, is looked at where it lies; for attention alone, short
+items are laid side by side in blocks of like length, (B items, L tokens), so that a few dense products serve
+all. T tokens, H heads, D width of a head, N items.
 """
 
 import inspect
@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,8 @@ Kernel = Literal["varlen", "blocks"]
 
 _MIN_FILL = 0.75
 """A block holds items at least this long, relative to its longest: padding in a block stays under a third."""
+_LONG = 128
+"""Tokens. So many are worth a call of their own; fewer are worth copying together."""
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +40,29 @@ class Block:
         mask: bool, broadcastable to (B, 1, L, S), true where a token may look; None where all see all.
         causal: Look only back; padding stands behind, so it needs no mask.
         keys_BS: int64, the tokens looked at, where they are not the block's own.
+        start: Where it lies in the packed row, if all of it lies there in order: nothing is copied then.
     """
 
     index_BL: Tensor
     mask: Tensor | None
     causal: bool
     keys_BS: Tensor | None = None
+    start: int | None = None
+
+    def queries(self, states: Tensor) -> Tensor:
+        """Those of the tokens that look: (H, T, D) → (B, H, L, D)."""
+        if self.start is None:
+            return _pick(states, self.index_BL)
+        row = states.narrow(1, self.start, self.index_BL.numel())
+        return row.unflatten(1, self.index_BL.shape).transpose(0, 1)
+
+    def keys(self, states: Tensor) -> Tensor:
+        """Those of the tokens looked at: (H, T, D) → (B, H, S, D)."""
+        return self.queries(states) if self.keys_BS is None else _pick(states, self.keys_BS)
+
+
+def _pick(states: Tensor, index: Tensor) -> Tensor:
+    return states.index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +86,13 @@ class PackedLayout:
 
     Attributes:
         blocks: All items, each in one block; empty with `spans`.
-        restore_T: int64, for each token of the packed row its place in the blocks' outputs laid end to end.
+        restore_T: int64, for each token of the packed row its place in the blocks' outputs laid end to end;
+            None where that is its own.
         spans: For the flash kernel, in place of blocks.
     """
 
     blocks: tuple[Block, ...]
-    restore_T: Tensor
+    restore_T: Tensor | None = None
     spans: Spans | None = None
 
     @classmethod
@@ -112,26 +133,49 @@ def _layout_of_lengths(
     start_N = torch.cumsum(length_N, 0) - length_N
     if kernel == "varlen":
         bounds = F.pad(length_N.cumsum(0), (1, 0)).to(device, torch.int32)
-        nowhere = torch.empty(0, dtype=torch.long, device=device)
-        return PackedLayout((), nowhere, Spans(bounds=bounds, longest=max(lengths), causal=causal))
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    blocks, restore_T, place = [], torch.empty(int(length_N.sum()), dtype=torch.long), 0
-    first = 0
-    while first < len(order):
-        longest = lengths[order[first]]
-        last = first
-        while last < len(order) and lengths[order[last]] >= _MIN_FILL * longest:
-            last += 1
-        items = torch.tensor(order[first:last])
+        return PackedLayout((), spans=Spans(bounds=bounds, longest=max(lengths), causal=causal))
+    runs, short = _runs(lengths)
+    blocks, places = [], []
+    for items, lies_there in [
+        *((run, True) for run in runs),
+        *((group, False) for group in _alike(short, lengths)),
+    ]:
+        longest = lengths[items[0]]
         column_L = torch.arange(longest)
         real_BL = column_L < length_N[items, None]
         index_BL = start_N[items, None] + torch.where(real_BL, column_L, 0)
-        restore_T[index_BL[real_BL]] = place + torch.nonzero(real_BL.flatten()).squeeze(1)
-        place += real_BL.numel()
+        places.append(torch.where(real_BL, index_BL, -1).flatten())
         mask = None if causal or bool(real_BL.all()) else real_BL[:, None, None, :].to(device)
-        blocks.append(Block(index_BL=index_BL.to(device), mask=mask, causal=causal))
-        first = last
-    return PackedLayout(blocks=tuple(blocks), restore_T=restore_T.to(device))
+        start = int(start_N[items[0]]) if lies_there else None
+        blocks.append(Block(index_BL=index_BL.to(device), mask=mask, causal=causal, start=start))
+    place_T = torch.cat(places)
+    in_order = torch.equal(place_T, torch.arange(len(place_T)))
+    restore_T = torch.empty(int(length_N.sum()), dtype=torch.long)
+    restore_T[place_T[place_T >= 0]] = torch.nonzero(place_T >= 0).squeeze(1)
+    return PackedLayout(tuple(blocks), None if in_order else restore_T.to(device))
+
+
+def _runs(lengths: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+    """Runs of neighbours of one length that are long enough together; and the items that are left over."""
+    runs, short = [], []
+    for length, group in groupby(range(len(lengths)), key=lengths.__getitem__):
+        items = list(group)
+        if length * len(items) >= _LONG:
+            runs.append(items)
+        else:
+            short += items
+    return runs, short
+
+
+def _alike(items: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Groups of items of like length, each with its longest in front."""
+    groups: list[list[int]] = []
+    for item in sorted(items, key=lambda item: -lengths[item]):
+        if groups and lengths[item] >= _MIN_FILL * lengths[groups[-1][0]]:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
 
 
 def packed_attention(
@@ -164,27 +208,24 @@ def packed_attention(
     if layout.spans is not None:
         return _by_spans(layout.spans, query, key, value, scaling)[None], None
     group = query.shape[1] // key.shape[1]
+    if group > 1 and query.device.type != "cpu":  # there only some kernels share keys among heads
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     outputs = []
     for block in layout.blocks:
-        keys_BS = block.index_BL if block.keys_BS is None else block.keys_BS
-        query_BHLD, key_BHLD, value_BHLD = (
-            states[0].index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
-            for states, index in ((query, block.index_BL), (key, keys_BS), (value, keys_BS))
-        )
-        if group > 1:
-            key_BHLD = key_BHLD.repeat_interleave(group, dim=1)
-            value_BHLD = value_BHLD.repeat_interleave(group, dim=1)
         output_BHLD = F.scaled_dot_product_attention(
-            query_BHLD,
-            key_BHLD,
-            value_BHLD,
+            block.queries(query[0]),
+            block.keys(key[0]),
+            block.keys(value[0]),
             attn_mask=block.mask,
             is_causal=block.causal,
             dropout_p=dropout,
             scale=scaling,
+            enable_gqa=key.shape[1] < query.shape[1],
         )
         outputs.append(output_BHLD.transpose(1, 2).flatten(0, 1))
-    packed_THD = (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).index_select(0, layout.restore_T)
+    packed_THD = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    if layout.restore_T is not None:
+        packed_THD = packed_THD.index_select(0, layout.restore_T)
     return packed_THD[None], None
 
 

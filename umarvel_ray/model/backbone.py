@@ -15,7 +15,7 @@ import torch
 from umarvel_ray.artifacts import write_json
 from umarvel_ray.config import ConfigT, build_config
 from umarvel_ray.errors import CheckpointError
-from umarvel_ray.model.adapters import Adapter, VisionFeatures, adapter_for, embed_patches_as_rows
+from umarvel_ray.model.adapters import Adapter, VisionFeatures, adapter_for
 from umarvel_ray.model.attention import PackedLayout, set_attention, use_packed_attention
 from umarvel_ray.model.inputs import EncoderInputs
 from umarvel_ray.model.lora import (
@@ -26,6 +26,7 @@ from umarvel_ray.model.lora import (
     merge_lora,
     save_adapter,
 )
+from umarvel_ray.model.modules import use_fast_modules
 from umarvel_ray.model.prompts import EMBED_TOKEN, INSTRUCTION_END, INSTRUCTION_START
 from umarvel_ray.model.settings import ImageSettings
 
@@ -61,7 +62,7 @@ def load_backbone(path: str, dtype: torch.dtype, *, base: str | None = None) -> 
     with _loading(path):
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     use_packed_attention(model)
-    embed_patches_as_rows(model.model.visual)
+    use_fast_modules(model.model)
     return model, adapter, tokenizer
 
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from umarvel_ray.model.adapters import embed_patches_as_rows, embed_patches_by_convolution
 from umarvel_ray.model.attention import NAME, set_attention
 from umarvel_ray.model.backbone import core_of
 from umarvel_ray.model.inputs import Item
+from umarvel_ray.model.modules import use_fast_modules, use_stock_modules
 from umarvel_ray.model.visuals import pack_visuals
 
 if TYPE_CHECKING:
@@ -68,12 +68,11 @@ def _embed_batch(encoder: "Encoder", items: Sequence[Item]) -> Tensor:
 
 @contextmanager
 def _stock(model: Any) -> Iterator[None]:
-    """Attention and patches as Transformers has them."""
-    tower = core_of(model).visual
+    """Attention and modules as Transformers has them."""
     set_attention(model, "sdpa")
-    embed_patches_by_convolution(tower)
+    use_stock_modules(core_of(model))
     try:
         yield
     finally:
         set_attention(model, NAME)
-        embed_patches_as_rows(tower)
+        use_fast_modules(core_of(model))

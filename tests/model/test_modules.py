@@ -1,0 +1,36 @@
+"""The faster ways through a backbone's modules give what its own give."""
+
+import pytest
+import torch
+from fixtures_backbones import KINDS
+
+from umarvel_ray.model import modules
+from umarvel_ray.model.encoder import Encoder
+from umarvel_ray.model.modules import use_fast_modules, use_stock_modules
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices_and_rows_of_patches_move_no_embedding(backbones, mixed_records, monkeypatch, kind):
+    """Rounding apart. Slices of seven rows: the last one is short, and none holds an item."""
+    monkeypatch.setattr(modules, "_SLICE", 7)
+    encoder = Encoder.load(backbones[kind])
+    items = [encoder.builder.build(record) for record in mixed_records]
+    fast = encoder.embed_items(items)
+    use_stock_modules(encoder.model.model)
+    torch.testing.assert_close(fast, encoder.embed_items(items), atol=1e-6, rtol=0)
+    use_fast_modules(encoder.model.model)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(encoder.builder.pack(items)), fast, atol=1e-6, rtol=0)
+
+
+def test_a_still_is_multiplied_once_and_a_video_frame_by_frame(backbone):
+    encoder = Encoder.load(backbone)
+    embed, area = encoder.model.model.visual.patch_embed, encoder.adapter.patch_size**2
+    still = torch.randn(5, 3, 1, area)
+    both = still.expand(-1, -1, encoder.adapter.temporal, -1).flatten(1)
+    frames = torch.randn(5, both.shape[1])
+    once, twice, video = embed(still.flatten(1)), embed(both), embed(frames)
+    use_stock_modules(encoder.model.model)
+    torch.testing.assert_close(once, embed(both), atol=1e-5, rtol=0)
+    torch.testing.assert_close(twice, embed(both), atol=1e-5, rtol=0)
+    torch.testing.assert_close(video, embed(frames), atol=1e-5, rtol=0)
