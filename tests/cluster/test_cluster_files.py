@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -269,14 +270,33 @@ def test_other_faults_are_caught(tmp_path):
     assert any("secret" in fault for fault in validate.faults(tmp_path / "c.yaml"))
 
 
-def test_no_file_of_the_project_holds_a_secret():
+def texts_of_the_project() -> Iterator[tuple[Path, str]]:
+    """Every file that is no picture."""
     folders = [ROOT / name for name in ("umarvel_ray", "jobs", "configs", "docs", "cluster")]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     files += [path for path in ROOT.iterdir() if path.is_file()]
     for path in files:
         if path.suffix not in (".pyc", ".png", ".webp"):
-            found = validate.SECRET.search(path.read_text(encoding="utf-8", errors="replace"))
-            assert found is None or path.name == "validate.py", f"{path}: {found}"
+            yield path, path.read_text(encoding="utf-8", errors="replace")
+
+
+def test_no_file_of_the_project_holds_a_secret():
+    for path, text in texts_of_the_project():
+        found = validate.SECRET.search(text)
+        assert found is None or path.name == "validate.py", f"{path}: {found}"
+
+
+def test_no_file_of_the_project_names_a_host_of_somebody():
+    """Addresses are this machine's, the clouds' own for every customer, examples, or public pages."""
+    known = re.compile(
+        r"(localhost|HOST|(www\.)?(ray\.io|arxiv\.org|apache\.org)|metadata\.google\.internal"
+        r"|127\.\d+\.\d+\.\d+|0\.0\.0\.0|10\.\d+\.\d+\.\d+|169\.254\.169\.254)"
+    )
+    address = re.compile(r"https?://([\w.-]+)|(?<![\w.])(\d{1,3}(?:\.\d{1,3}){3})(?![\w.])")
+    for path, text in texts_of_the_project():
+        for found in address.finditer(text):
+            host = found[1] or found[2]
+            assert known.fullmatch(host), f"{path}: {host}"
 
 
 def test_the_board_asks_for_what_we_and_ray_publish():
