@@ -141,6 +141,8 @@ def _read_modality(value: Any) -> str | None:
     """As one of `MODALITIES`, None for other values; the data set card spells "image,text" the other way."""
     if not isinstance(value, str):
         return None
+    if value in MODALITIES:  # nearly all
+        return value
     parts = [part.strip() for part in value.split(",")]
     if len(set(parts)) != len(parts) or not {*parts} <= {"image", "text"}:
         return None

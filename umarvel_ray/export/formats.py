@@ -12,9 +12,10 @@ from umarvel_ray.errors import CheckpointError, OutputError
 from umarvel_ray.export import Format
 from umarvel_ray.export.rerankers import export_reranker, is_reranker
 from umarvel_ray.model.backbone import HUB_PREFIX, load_backbone
-from umarvel_ray.model.encoder import SETTINGS_FILE, Encoder
+from umarvel_ray.model.encoder import Encoder
 from umarvel_ray.model.lora import ADAPTER_FOLDER, chained_adapter, is_adapter
 from umarvel_ray.model.prompts import ADDED_TOKENS
+from umarvel_ray.model.settings import ENCODER_FILE
 
 _TOKEN_ROWS = "model.language_model.embed_tokens.token_adapter.trainable_tokens_delta"
 """PEFT's name for rows that take the place of the table's."""
@@ -70,9 +71,9 @@ def stored_dtype(checkpoint: str) -> Any:
 
 def _added_tokens(checkpoint: str) -> dict[str, int]:
     """Their ids."""
-    if not (Path(checkpoint) / SETTINGS_FILE).exists():
+    if not (Path(checkpoint) / ENCODER_FILE).exists():
         raise CheckpointError(
-            f"{checkpoint}: no {SETTINGS_FILE} there, so no encoder that was trained here. "
+            f"{checkpoint}: no {ENCODER_FILE} there, so no encoder that was trained here. "
             "Export it as transformers or sentence-transformers."
         )
     from transformers import AutoTokenizer
@@ -115,7 +116,7 @@ def _write_peft(checkpoint: str, folder: Path, tokens: dict[str, int], base: str
         )
     wrapped.save_pretrained(folder, save_embedding_layers=False)
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
-    for name in (SETTINGS_FILE, "preprocessor_config.json"):
+    for name in (ENCODER_FILE, "preprocessor_config.json"):
         shutil.copyfile(Path(checkpoint) / name, folder / name)
     (folder / "README.md").write_text(_card("peft"), encoding="utf-8")
 

@@ -34,12 +34,11 @@ from umarvel_ray.model.inputs import EncoderInputs, InputBuilder, Item, micro_ba
 from umarvel_ray.model.lora import set_trainable
 from umarvel_ray.model.pooling import mean_pool
 from umarvel_ray.model.prompts import ADDED_TOKENS
-from umarvel_ray.model.settings import DtypeName, EncoderSettings, LoraSettings
+from umarvel_ray.model.settings import ENCODER_FILE, DtypeName, EncoderSettings, LoraSettings
 from umarvel_ray.model.vision_store import VisionStore
 from umarvel_ray.model.visuals import PackedVisuals
 from umarvel_ray.storage import local_model
 
-SETTINGS_FILE = "embedding.json"
 INITIAL_TEMPERATURE = 0.05
 
 
@@ -95,7 +94,7 @@ class Encoder(nn.Module):
             CheckpointError: Nothing loadable there, or it was made with other settings than `settings`.
         """
         path = local_model(path)
-        stored = read_settings_file(Path(path) / SETTINGS_FILE)
+        stored = read_settings_file(Path(path) / ENCODER_FILE)
         settings = resolve_settings(stored, settings, EncoderSettings, path=path)
         model, adapter, tokenizer = load_backbone(path, DTYPES[dtype], base=base)
         add_tokens(model, tokenizer, ADDED_TOKENS, path=path)
@@ -234,7 +233,7 @@ class Encoder(nn.Module):
             folder=folder,
         )
         write_json(
-            folder / SETTINGS_FILE,
+            folder / ENCODER_FILE,
             {"settings": self.settings.model_dump(), "temperature": self.temperature.item()},
         )
 
@@ -247,7 +246,7 @@ def load_input_builder(
     Args and errors as `Encoder.load`.
     """
     path = local_model(path)
-    stored = read_settings_file(Path(path) / SETTINGS_FILE)
+    stored = read_settings_file(Path(path) / ENCODER_FILE)
     settings = resolve_settings(stored, settings, EncoderSettings, path=path)
     adapter, tokenizer = load_reader(path, base=base)
     add_missing_tokens(tokenizer, ADDED_TOKENS)

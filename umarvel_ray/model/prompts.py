@@ -79,5 +79,6 @@ def encode(tokenizer: Any, text: str) -> list[int]:
         return []
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and backend.truncation is None and backend.padding is None:
-        return backend.encode(text, add_special_tokens=False).ids  # the same, without a dictionary around it
+        # The same, without a dictionary around it, and without the place of each token in the text.
+        return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
     return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -7,6 +7,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from umarvel_ray.config import Config
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
+ENCODER_FILE = "embedding.json"
+"""Beside an encoder's weights: what decides an embedding besides them."""
 
 
 class ImageSettings(Config):

@@ -3,7 +3,8 @@
 Equal content is embedded once per store. Its first row is the original; the others are copies. A shard whose
 originals all lie in it is written at once; one that holds copies of rows elsewhere first leaves a part with
 its own originals, and is put together when all shards have theirs. So a store is a pure function of its
-source and settings, whoever embeds which shard first. N rows, D width.
+source and settings, whoever embeds which shard first. Importing this loads no torch: processes that only look
+for copies start in a moment. N rows, D width.
 """
 
 import functools
@@ -26,7 +27,7 @@ from umarvel_ray.data.mbeir import Mbeir, content_key
 from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.data.sources import PoolSource, Source, chosen_tasks, pool_sources, query_source
 from umarvel_ray.errors import ConfigError, DataError, ShardError
-from umarvel_ray.model.encoder import SETTINGS_FILE, load_input_builder
+from umarvel_ray.model.settings import ENCODER_FILE, EncoderSettings
 from umarvel_ray.model.systems import Builder, Embedder, OurSystem, load_embedder
 from umarvel_ray.retrieve.settings import EmbedConfig
 from umarvel_ray.retrieve.store import (
@@ -68,11 +69,17 @@ def model_of(config: EmbedConfig) -> Model:
     """The model that the settings name."""
     builder = None
     if isinstance(config.model, OurSystem):
-        builder = functools.partial(load_input_builder, config.checkpoint, settings=config.model.settings)
+        builder = functools.partial(_load_builder, config.checkpoint, config.model.settings)
     return Model(
         embedder=functools.partial(_load_embedder, config.checkpoint, config.model, config.compute_dtype),
         builder=builder,
     )
+
+
+def _load_builder(checkpoint: str, settings: EncoderSettings | None) -> Builder:
+    from umarvel_ray.model.encoder import load_input_builder
+
+    return load_input_builder(checkpoint, settings=settings)
 
 
 def _load_embedder(checkpoint: str, system: Any, dtype: Any) -> Embedder:
@@ -230,7 +237,7 @@ def checkpoint_fingerprint(path: str) -> str:
     """Names a checkpoint by its settings and the size and head of its weights, without reading gigabytes."""
     folder = at(path)
     settings = next(
-        (folder / name for name in (SETTINGS_FILE, "config.json") if (folder / name).exists()), None
+        (folder / name for name in (ENCODER_FILE, "config.json") if (folder / name).exists()), None
     )
     parts: list[Any] = [read_json(settings) if settings else path]
     for file in sorted(folder.rglob("*.safetensors")):  # Sentence Transformers keeps modules in folders
@@ -298,6 +305,17 @@ def _records(source: Source, start: int, stop: int) -> Iterator[Query | Candidat
             yield from list(source.range(rows.start, rows.stop))
         except DataError:
             yield from (_record_at(source, row) for row in rows)
+
+
+def _records_at(source: Source, rows: Sequence[int]) -> Iterator[Query | Candidate | None]:
+    """The rows given, ascending, None for one that cannot be read; in blocks where they stand close."""
+    if not rows or rows[-1] - rows[0] >= 2 * len(rows):
+        yield from (_record_at(source, row) for row in rows)
+        return
+    wanted = set(rows)
+    for row, record in enumerate(_records(source, rows[0], rows[-1] + 1), start=rows[0]):
+        if row in wanted:
+            yield record
 
 
 def find_copies(source: Source, digests: np.ndarray) -> np.ndarray:
@@ -378,10 +396,11 @@ def read_window(source: Source, rows: Sequence[int] | np.ndarray, builder: Build
     """Read, decode and tokenize some rows; those that cannot be are named, not raised."""
     started = time.perf_counter()
     window = Window()
-    for row in map(int, rows):
+    wanted = [int(row) for row in rows]
+    for row, record in zip(wanted, _records_at(source, wanted), strict=True):
         name = None
         try:
-            record = source[row]
+            record = source[row] if record is None else record  # raises what is wrong with it
             name = _id_of(record)
             item = builder.build(record)
         except _READER_FAULTS as error:
