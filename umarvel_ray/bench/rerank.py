@@ -149,10 +149,12 @@ def _prepared(
     stock: bool,
 ) -> Prepared:
     from umarvel_ray.model.attention import use_packed_attention
+    from umarvel_ray.model.modules import use_fast_modules
 
     model, tokenizer, folder = _load(case)
     if not stock:
         use_packed_attention(model)
+        use_fast_modules(model.model)
     lists, adapter = _lists(case, Path(folder)), adapter_for(model.config, folder)
 
     def run() -> Answer:

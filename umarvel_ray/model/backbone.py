@@ -6,7 +6,7 @@ T tokens, V vision tokens, D width.
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from umarvel_ray.model.lora import (
     merge_lora,
     save_adapter,
 )
-from umarvel_ray.model.modules import use_fast_modules
+from umarvel_ray.model.modules import only_at, use_fast_modules
 from umarvel_ray.model.prompts import EMBED_TOKEN, INSTRUCTION_END, INSTRUCTION_START
 from umarvel_ray.model.settings import ImageSettings
 
@@ -192,6 +192,7 @@ def hidden_states(
     layout: PackedLayout,
     *,
     features: VisionFeatures | None = None,
+    places_S: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Final-norm hidden states (T, D) of a packed micro-batch; no padding, no LM head, no cache.
 
@@ -201,6 +202,8 @@ def hidden_states(
         inputs: On the model's device.
         layout: Who sees whom.
         features: Of all visuals, where they are known already; else the tower is asked.
+        places_S: int64, the only tokens whose states are wanted: (S, D) of them are returned, and the last
+            layer feeds no others forward. Without gradients.
     """
     core = core_of(model)
     if features is None and inputs.visuals is not None:
@@ -211,15 +214,18 @@ def hidden_states(
     is_vision_T = (inputs.ids_T == adapter.image_token) | (inputs.ids_T == adapter.video_token)
     if features is not None:
         embeds_TD = embeds_TD.masked_scatter(is_vision_T[:, None], features.merged_VD.to(embeds_TD.dtype))
-    output = core.language_model(
-        inputs_embeds=embeds_TD[None],
-        position_ids=inputs.positions_3T[:, None],
-        attention_mask=None,
-        use_cache=False,
-        layout=layout,
-        **adapter.decoder_inputs(is_vision_T[None], features),
-    )
-    return output.last_hidden_state[0]
+    last = core.language_model.layers[-1].mlp
+    with nullcontext() if places_S is None else only_at(last, places_S):
+        output = core.language_model(
+            inputs_embeds=embeds_TD[None],
+            position_ids=inputs.positions_3T[:, None],
+            attention_mask=None,
+            use_cache=False,
+            layout=layout,
+            **adapter.decoder_inputs(is_vision_T[None], features),
+        )
+    hidden_TD = output.last_hidden_state[0]
+    return hidden_TD if places_S is None else hidden_TD[places_S]
 
 
 def core_of(model: Any) -> Any:

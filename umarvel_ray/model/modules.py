@@ -1,6 +1,7 @@
-"""Faster ways through modules of a stock backbone: the same numbers up to rounding.."""
+"""Faster ways through modules of a stock backbone: the same numbers up to rounding."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -57,3 +58,24 @@ def _by_slices(mlp: nn.Module, states: Tensor) -> Tensor:
     if states.device.type != "cpu" or torch.is_grad_enabled() or len(rows) <= _SLICE:
         return forward(states)
     return torch.cat([forward(part) for part in rows.split(_SLICE)]).view(states.shape)
+
+
+@contextmanager
+def only_at(mlp: nn.Module, places_S: Tensor) -> Iterator[None]:
+    """Pass only the tokens at `places_S` of a packed row, (1, T, D), through an MLP; the others get zeros."""
+    lengths: list[int] = []
+
+    def take(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        lengths.append(args[0].shape[1])
+        return (args[0].index_select(1, places_S),)
+
+    def put(_: Any, __: Any, output: Tensor) -> Tensor:
+        whole = output.new_zeros(1, lengths.pop(), output.shape[2])
+        return whole.index_copy(1, places_S, output)
+
+    handles = [mlp.register_forward_pre_hook(take), mlp.register_forward_hook(put)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -97,11 +97,21 @@ class Reranker(nn.Module):
         """Keep up to `num_bytes` of the vision tower's output, for pictures that come again."""
         self._features: ByteCache[VisionFeatures] = ByteCache(num_bytes, _size_of)
 
-    def hidden(self, trees: Sequence[Tree]) -> Tensor:
-        """Final hidden states (T, D) of packed trees."""
+    def hidden(self, trees: Sequence[Tree], *, decisive: bool = False) -> Tensor:
+        """Final hidden states (T, D) of packed trees.
+
+        Args:
+            trees: At least one.
+            decisive: Only of each candidate's decisive token, in order; no gradients.
+        """
         inputs, layout, shown = pack_trees(trees, device=self.device)
+        places = None
+        if decisive:
+            starts = np.cumsum([0, *inputs.lengths_N])
+            found = [tree.decisive + start for tree, start in zip(trees, starts[:-1], strict=True)]
+            places = torch.from_numpy(np.concatenate(found)).to(self.device)
         features = self._features_of(shown) if shown else None
-        return hidden_states(self.model, self.adapter, inputs, layout, features=features)
+        return hidden_states(self.model, self.adapter, inputs, layout, features=features, places_S=places)
 
     def _features_of(self, shown: Sequence[Shown]) -> VisionFeatures:
         """Of all pictures, in order; each different one goes through the tower once.
@@ -171,13 +181,8 @@ class Reranker(nn.Module):
             scores += [np.empty(0, dtype=np.float32)] * (num_lists - len(scores))
             answers: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(trees)
             for batch in micro_batches([tree.num_tokens for tree in trees], max_tokens):
-                hidden_TD = self.hidden([trees[index] for index in batch])
-                starts = np.cumsum([0, *(trees[index].num_tokens for index in batch)])
-                decisive = np.concatenate(
-                    [trees[i].decisive + start for i, start in zip(batch, starts[:-1], strict=True)]
-                )
+                chosen_ND = self.hidden([trees[index] for index in batch], decisive=True).float()
                 # P(Yes) of two logits is the sigmoid of their difference.
-                chosen_ND = hidden_TD[torch.from_numpy(decisive).to(self.device)].float()
                 p_yes = torch.sigmoid(chosen_ND @ (yes - no)).cpu().numpy()
                 ends = np.cumsum([len(trees[index].decisive) for index in batch])
                 for index, own in zip(batch, np.split(p_yes, ends[:-1]), strict=True):

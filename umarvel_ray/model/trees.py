@@ -21,7 +21,7 @@ from umarvel_ray.model.adapters import Adapter
 from umarvel_ray.model.attention import Block, PackedLayout
 from umarvel_ray.model.images import Grid
 from umarvel_ray.model.inputs import EncoderInputs, content_parts
-from umarvel_ray.model.prompts import ChatTemplate, clean
+from umarvel_ray.model.prompts import ChatTemplate, clean, encode
 from umarvel_ray.model.settings import RERANKER_PROMPTS, RerankerSettings
 from umarvel_ray.model.visuals import Visual, VisualReader, mrope_positions
 
@@ -295,7 +295,7 @@ class TreeBuilder:
         return parts
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        return [encode(self._tokenizer, text) for text in texts]
 
     def _one_id(self, word: str) -> int:
         (ids,) = self._encode([word])
