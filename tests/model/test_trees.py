@@ -1,11 +1,14 @@
 """Trees cut and packed: every token sees its prefix and itself, whatever lies beside it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.errors import CheckpointError
+from umarvel_ray.model.attention import packed_attention
 from umarvel_ray.model.reranker import Reranker
 from umarvel_ray.model.settings import RerankerSettings
 from umarvel_ray.model.trees import ByteCache, Tree, TreeBuilder, pack_trees
@@ -62,6 +65,22 @@ def test_each_token_sees_the_prefix_and_its_own_candidate_so_far():
                 expected[start + i, start + j] = one.leaf[j] in (0, one.leaf[i])
         start += one.num_tokens
     assert np.array_equal(sees, expected)
+
+
+def test_in_the_last_layer_the_tokens_asked_for_see_what_they_saw():
+    """Attention with random keys, in full and at the deciding tokens of all candidates alone."""
+    inputs, layout, _ = pack_trees(TREES, device=torch.device("cpu"))
+    starts = np.cumsum([0, *inputs.lengths_N])
+    places = np.concatenate([one.decisive + start for one, start in zip(TREES, starts, strict=False)])
+    states = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 1, 2, starts[-1], 8))).float()
+    last = SimpleNamespace(layer_idx=1, config=SimpleNamespace(num_hidden_layers=2))
+    before = SimpleNamespace(layer_idx=0, config=last.config)
+    full, _ = packed_attention(last, *states, None, layout=layout)
+    for chosen in (places, places[::-1].copy(), np.arange(starts[-1])):
+        ending = layout.ending_at(torch.from_numpy(chosen))
+        found, _ = packed_attention(last, *states, None, layout=ending)
+        torch.testing.assert_close(found[:, chosen], full[:, chosen], rtol=0, atol=1e-6)
+        assert torch.equal(packed_attention(before, *states, None, layout=ending)[0], full)
 
 
 @pytest.mark.parametrize("budget", [1, 12, 15, 25, 26, 100])

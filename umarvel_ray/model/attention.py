@@ -9,7 +9,7 @@ all. T tokens, H heads, D width of a head, N items.
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, Literal
@@ -89,11 +89,13 @@ class PackedLayout:
         restore_T: int64, for each token of the packed row its place in the blocks' outputs laid end to end;
             None where that is its own.
         spans: For the flash kernel, in place of blocks.
+        ending: For the decoder's last layer, where few tokens' states are wanted.
     """
 
     blocks: tuple[Block, ...]
     restore_T: Tensor | None = None
     spans: Spans | None = None
+    ending: "PackedLayout | None" = None
 
     @classmethod
     def of_lengths(
@@ -106,6 +108,34 @@ class PackedLayout:
     ) -> "PackedLayout":
         """Each token sees the tokens of its own item: all of them, or those before it."""
         return _layout_of_lengths(tuple(lengths), causal, device, best_kernel(device, dtype))
+
+    def ending_at(self, places_S: Tensor) -> "PackedLayout":
+        """The same, but in the decoder's last layer only the tokens at `places_S` look; what the others get
+        there is worthless.
+        """
+        if self.spans is not None:  # one kernel for all: nothing to pick
+            return self
+        position_S, restore_T = self.restore_T[places_S], torch.zeros_like(self.restore_T)
+        blocks, first, done = [], 0, 0
+        for block in self.blocks:
+            rows, length = block.index_BL.shape
+            mine = torch.nonzero((position_S >= first) & (position_S < first + rows * length)).squeeze(1)
+            row_N, column_N = (position_S[mine] - first) // length, (position_S[mine] - first) % length
+            first += rows * length
+            if not len(mine):
+                continue
+            keys_BS = block.index_BL if block.keys_BS is None else block.keys_BS
+            mask = block.mask
+            if mask is None and block.causal:
+                mask = torch.ones(length, length, dtype=torch.bool, device=row_N.device).tril()[None, None]
+            if mask is not None:
+                mask = mask.expand(rows, 1, length, keys_BS.shape[1])[row_N, :, column_N][:, :, None]
+            blocks.append(
+                Block(index_BL=places_S[mine, None], mask=mask, causal=False, keys_BS=keys_BS[row_N])
+            )
+            restore_T[places_S[mine]] = done + torch.arange(len(mine), device=row_N.device)
+            done += len(mine)
+        return replace(self, ending=PackedLayout(tuple(blocks), restore_T))
 
 
 def best_kernel(device: torch.device, dtype: torch.dtype) -> Kernel:
@@ -205,6 +235,8 @@ def packed_attention(
             )
         lengths = torch.diff(cu_seq_lens_q).tolist()
         layout = PackedLayout.of_lengths(lengths, causal=False, device=query.device, dtype=query.dtype)
+    if layout.ending is not None and module.layer_idx == module.config.num_hidden_layers - 1:
+        layout = layout.ending
     if layout.spans is not None:
         return _by_spans(layout.spans, query, key, value, scaling)[None], None
     group = query.shape[1] // key.shape[1]

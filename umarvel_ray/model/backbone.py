@@ -203,8 +203,10 @@ def hidden_states(
         layout: Who sees whom.
         features: Of all visuals, where they are known already; else the tower is asked.
         places_S: int64, the only tokens whose states are wanted: (S, D) of them are returned, and the last
-            layer feeds no others forward. Without gradients.
+            layer attends and feeds forward for no others. Without gradients.
     """
+    if places_S is not None:
+        layout = layout.ending_at(places_S)
     core = core_of(model)
     if features is None and inputs.visuals is not None:
         if inputs.visuals.patches_P is None or inputs.visuals.stored_VF is not None:
