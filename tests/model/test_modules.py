@@ -6,7 +6,7 @@ from fixtures_backbones import KINDS
 
 from umarvel_ray.model import modules
 from umarvel_ray.model.encoder import Encoder
-from umarvel_ray.model.modules import use_fast_modules, use_stock_modules
+from umarvel_ray.model.modules import only_at, use_fast_modules, use_stock_modules
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -34,3 +34,15 @@ def test_a_still_is_multiplied_once_and_a_video_frame_by_frame(backbone):
     torch.testing.assert_close(once, embed(both), atol=1e-5, rtol=0)
     torch.testing.assert_close(twice, embed(both), atol=1e-5, rtol=0)
     torch.testing.assert_close(video, embed(frames), atol=1e-5, rtol=0)
+
+
+def test_an_mlp_takes_the_tokens_asked_for_alone():
+    torch.manual_seed(0)
+    mlp, states_TD = torch.nn.Linear(6, 6), torch.randn(1, 10, 6)
+    places_S = torch.tensor([7, 0, 4])
+    expected = torch.zeros_like(states_TD)
+    with torch.inference_mode():
+        expected[:, places_S] = mlp(states_TD)[:, places_S]
+        with only_at(mlp, places_S):
+            torch.testing.assert_close(mlp(states_TD), expected, atol=1e-6, rtol=0)
+        assert mlp(states_TD).ne(0).all()

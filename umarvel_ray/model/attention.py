@@ -113,7 +113,7 @@ class PackedLayout:
         """The same, but in the decoder's last layer only the tokens at `places_S` look; what the others get
         there is worthless.
         """
-        if self.spans is not None:  # one kernel for all: nothing to pick
+        if self.restore_T is None:  # items that lie in order are looked at in place
             return self
         position_S, restore_T = self.restore_T[places_S], torch.zeros_like(self.restore_T)
         blocks, first, done = [], 0, 0
