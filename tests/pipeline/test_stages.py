@@ -82,6 +82,12 @@ def test_columns_and_controls_are_what_was_asked_for(tiny: TinyRun):
     few = jobs_of(tiny, "columns=[hard, distil]")
     assert {name for name in few if name.startswith("evaluate/")} == {"evaluate/hard", "evaluate/distil"}
     assert "rerank/reranked" in few and "rerank/distil_reranked" not in few  # the first is the teacher
+    fewer = jobs_of(tiny, "columns=[hard]", "controls=[in_batch, own_negatives]")
+    assert {name for name in fewer if name.startswith("train/")} == {
+        "train/text", "train/align", "train/instruct", "train/hard", "train/in_batch", "train/own_negatives",
+    }  # fmt: skip
+    assert not any(name.startswith("rerank/") for name in fewer)
+    assert {name for name in jobs_of(tiny, "columns=[instruct]") if name.startswith("mine/")} == set()
 
 
 def test_gains_are_counted_from_where_a_stage_starts(tiny: TinyRun):

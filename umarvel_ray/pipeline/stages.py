@@ -37,6 +37,9 @@ _BASELINES = {
 }
 """From which column a column's gain is counted: the one that its training or its lists start from."""
 
+_TAUGHT = {"reranked", "distil", "distil_reranked", "continue_hard"}
+"""What needs the reranker."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -53,6 +56,7 @@ def recipe(run: RunConfig) -> list[Job]:
     plan = _Plan(run)
     stages, data = run.stages, run.data
     mbeir = MbeirData(kind="mbeir", root=data.root, tasks=data.train_tasks)
+    wanted = {*run.columns, *run.controls}
 
     # 3.1 Progressive transition: text retrieval, cross-modal alignment, instruction tuning.
     start = run.backbone
@@ -63,7 +67,7 @@ def recipe(run: RunConfig) -> list[Job]:
         captions = CaptionData(kind="captions", path=data.captions, image_root=data.caption_images)
         start = plan.train("align", "1b cross-modal alignment", start, captions, stages.align)
     instruct = plan.train("instruct", "1c instruction tuning", start, mbeir, stages.instruct)
-    ends_here = set(run.columns) <= {"instruct"} and not run.controls
+    ends_here = wanted <= {"instruct"}
     splits: tuple[Split, ...] = ("test",) if ends_here else ("train", "test")
     found = plan.retrieve("instruct", instruct, splits, train_scope="global")
     plan.evaluate("instruct", "1c instruct", instruct, found)
@@ -77,8 +81,32 @@ def recipe(run: RunConfig) -> list[Job]:
         update={"lists": f"{negatives}/negatives.arrow", "num_negatives": stages.hard.num_negatives}
     )
     hard = plan.train("hard", "2 hard negatives", instruct, hard_data, stages.hard)
-    found_hard = plan.retrieve("hard", hard, ("train", "val", "test"), train_scope="local")
+    is_taught = bool(wanted & _TAUGHT)
+    splits = ("train", "val", "test") if is_taught else ("test",)
+    found_hard = plan.retrieve("hard", hard, splits, train_scope="local" if is_taught else "")
     plan.evaluate("hard", "2 hard negatives", hard, found_hard)
+    if is_taught:
+        _teach(plan, run, mbeir, hard, found_hard)
+
+    # Table 5: the same steps and batches with something left out.
+    if "in_batch" in run.controls:
+        plan.control("in_batch", "2 in-batch only", instruct, mbeir, stages.hard)
+    if "unfiltered" in run.controls:
+        rule = stages.hard.mining.model_copy(update={"rule": "none", "value": None})
+        unfiltered = plan.mine("negatives_unfiltered", found, "global", rule)
+        unfiltered_data = hard_data.model_copy(update={"lists": f"{unfiltered}/negatives.arrow"})
+        plan.control("unfiltered", "2 unfiltered", instruct, unfiltered_data, stages.hard)
+    if "own_negatives" in run.controls:
+        own_data = hard_data.model_copy(update={"only_listed": True})
+        plan.control("own_negatives", "2 own negatives", instruct, own_data, stages.hard, negatives="own")
+
+    plan.report()
+    return plan.jobs
+
+
+def _teach(plan: "_Plan", run: RunConfig, mbeir: MbeirData, hard: str, found_hard: str) -> None:
+    """What follows stage 2: reranker, distillation, U-MARVEL+."""
+    stages = run.stages
 
     # 3.3 A reranker on what stage 2 finds; fused with it, it is the teacher.
     reranker = plan.train_reranker("reranker", stages.reranker, found_hard)
@@ -122,17 +150,7 @@ def recipe(run: RunConfig) -> list[Job]:
         )
         plan.evaluate("distil_reranked", "3 + rerank", reranker, scored_distil)
 
-    # Tables 5 and 6: the same steps and batches with something left out.
-    if "in_batch" in run.controls:
-        plan.control("in_batch", "2 in-batch only", instruct, mbeir, stages.hard)
-    if "unfiltered" in run.controls:
-        rule = stages.hard.mining.model_copy(update={"rule": "none", "value": None})
-        unfiltered = plan.mine("negatives_unfiltered", found, "global", rule)
-        unfiltered_data = hard_data.model_copy(update={"lists": f"{unfiltered}/negatives.arrow"})
-        plan.control("unfiltered", "2 unfiltered", instruct, unfiltered_data, stages.hard)
-    if "own_negatives" in run.controls:
-        own_data = hard_data.model_copy(update={"only_listed": True})
-        plan.control("own_negatives", "2 own negatives", instruct, own_data, stages.hard, negatives="own")
+    # Table 6: the distillation's data as hard negatives.
     if "continue_hard" in run.controls:
         same_lists = mbeir.model_copy(update={"lists": f"{scored}/teacher.arrow", "only_listed": True})
         plan.control(
@@ -144,9 +162,6 @@ def recipe(run: RunConfig) -> list[Job]:
             kind="info_nce",
             negatives="own",
         )
-
-    plan.report()
-    return plan.jobs
 
 
 class _Plan:
