@@ -33,6 +33,11 @@ def test_each_stage_starts_from_the_one_before(tiny: TinyRun):
     assert of(stock, "start") == str(tiny.home / "backbone")
 
 
+def test_all_embedding_jobs_share_a_vision_store(tiny: TinyRun):
+    jobs = jobs_of(tiny, "retrieval.vision_store=/features").values()
+    assert {of(job, "vision_store") for job in jobs if job.kind == "embed"} == {"/features"}
+
+
 def test_encoder_settings_go_to_the_stock_backbone_alone(tiny: TinyRun):
     """A checkpoint brings its own and refuses others."""
     jobs = jobs_of(tiny, "encoder.attention=causal")

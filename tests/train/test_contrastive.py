@@ -335,3 +335,22 @@ def test_the_record_that_broke_the_loss_is_named(backbone, pictures):
         encoder.model.get_input_embeddings().weight[token] = float("nan")
     assert math.isnan(task.backward(prepared, seed=0)["loss"])
     assert task.samples(prepared) == broken
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_stored_features_of_pictures_leave_the_gradient(backbone, pictures, tmp_path, lanes):
+    """A first step keeps them, a second takes them: no picture passes the tower again."""
+    data, settings = pairs(pictures), ContrastiveSettings()
+    figures, gradients = step(load_encoder(backbone), data, settings, Lanes(lanes), ONE)
+    for turn in range(2):
+        encoder = load_encoder(backbone)
+        store = encoder.keep_vision_features(tmp_path)
+        seen: list[int] = []
+        encoder.model.base_model.model.model.visual.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append(1), with_kwargs=True
+        )
+        kept, found = step(encoder, data, settings, Lanes(lanes), ONE)
+        assert bool(seen) == (turn == 0) and len(store) == 4
+        assert kept["loss"] == pytest.approx(figures["loss"], abs=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)

@@ -28,6 +28,11 @@ def stage(**values: Any) -> dict[str, Any]:
         ({"train": TRAIN | {"lora": {"targets": ["q_proj", "w_proj"]}}}, "train.lora.targets.1.*w_proj"),
         ({"train": TRAIN | {"lora": {"targets": []}}}, "train.lora.targets"),
         ({"train": TRAIN | {"num_epochs": 1}}, "num_steps or num_epochs"),
+        ({"train": TRAIN | {"trainable": "full", "vision_store": "/v"}}, "features of a frozen tower"),
+        (
+            {"model": "reranker", "data": MBEIR | {"lists": "/l"}, "train": TRAIN | {"vision_store": "/v"}},
+            "a reranker keeps none",
+        ),
         ({"loss": {"kind": "distillation"}}, "no teacher's scores are given"),
         (
             {"loss": {"kind": "distillation"}, "data": MBEIR | {"lists": "/n.arrow"}},

@@ -125,6 +125,11 @@ class Encoder(nn.Module):
             self._tokenizer, self.adapter, self.settings, cache_bytes=num_bytes, store=self._store
         )
 
+    @property
+    def vision_store(self) -> VisionStore | None:
+        """Where features of pictures are kept, if they are."""
+        return self._store
+
     def keep_vision_features(self, folder: str | Path) -> VisionStore:
         """Keep what the vision tower makes of pictures in `folder`, and take from there what it has.
 
@@ -172,10 +177,11 @@ class Encoder(nn.Module):
             return fresh
         joined_VF = visuals.stored_VF
         if fresh is not None:
-            is_stored_V1 = visuals.is_stored_V[:, None]
-            joined_VF = fresh.joined_VF.new_empty(len(is_stored_V1), visuals.stored_VF.shape[1])
-            joined_VF = joined_VF.masked_scatter(is_stored_V1, visuals.stored_VF)
-            joined_VF = joined_VF.masked_scatter(~is_stored_V1, fresh.joined_VF)
+            is_stored_V1, fresh_VF = visuals.is_stored_V[:, None], fresh.joined_VF
+            stored_VF = joined_VF.to(fresh_VF.dtype)  # under autocast the tower's is another
+            joined_VF = fresh_VF.new_empty(len(is_stored_V1), fresh_VF.shape[1])
+            joined_VF = joined_VF.masked_scatter(is_stored_V1, stored_VF)
+            joined_VF = joined_VF.masked_scatter(~is_stored_V1, fresh_VF)
         return VisionFeatures.split(joined_VF, num_deep=self.adapter.num_deep)
 
     @torch.inference_mode()
@@ -239,15 +245,20 @@ class Encoder(nn.Module):
 
 
 def load_input_builder(
-    path: str | Path, *, settings: EncoderSettings | None = None, base: str | None = None
+    path: str | Path,
+    *,
+    settings: EncoderSettings | None = None,
+    base: str | None = None,
+    vision_store: Path | None = None,
 ) -> InputBuilder:
     """What `Encoder.load` has as `builder`, without the weights: for processes that only read.
 
-    Args and errors as `Encoder.load`.
+    Args and errors as `Encoder.load`; `vision_store` is the `folder` of the encoder's own store.
     """
     path = local_model(path)
     stored = read_settings_file(Path(path) / ENCODER_FILE)
     settings = resolve_settings(stored, settings, EncoderSettings, path=path)
     adapter, tokenizer = load_reader(path, base=base)
     add_missing_tokens(tokenizer, ADDED_TOKENS)
-    return InputBuilder(tokenizer, adapter, settings)
+    store = None if vision_store is None else VisionStore.open(vision_store)
+    return InputBuilder(tokenizer, adapter, settings, store=store)

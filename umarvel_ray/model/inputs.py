@@ -5,6 +5,7 @@ T tokens of a packed micro-batch, N items in it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -121,8 +122,9 @@ class InputBuilder:
         self._cache_room = cache_bytes
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travels to another process without what it keeps."""
-        return InputBuilder, (self._tokenizer, self.adapter, self.settings)
+        """Travels to another process without what it keeps in memory."""
+        make = partial(InputBuilder, store=self.reader.store)
+        return make, (self._tokenizer, self.adapter, self.settings)
 
     def build(self, record: Query | Candidate) -> Item:
         """Tokens, patches and pooling mask of one record.

@@ -19,13 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from umarvel_ray.artifacts import fingerprint, write_json
-from umarvel_ray.errors import DataError
+from umarvel_ray.artifacts import fingerprint, read_json, write_json
+from umarvel_ray.errors import ConfigError, DataError
 from umarvel_ray.model.images import Grid
 from umarvel_ray.model.settings import ImageSettings
+from umarvel_ray.storage import is_remote, picture_bytes
 
 _ENTRY = struct.Struct("<32sQIIIII")
 """SHA-256 of the image file; offset; V; frames, height and width in patches; checksum of the features."""
+
+_MADE_BY = "store.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +53,47 @@ class VisionStore:
             images: The pixel budget.
             width: F.
             dtype: Of the features.
+
+        Raises:
+            ConfigError: `folder` is a URI: features are mapped into memory.
         """
+        if is_remote(folder):
+            raise ConfigError(
+                f"vision_store: {folder} is object storage, but features are mapped into memory. Give a "
+                "folder on a file system."
+            )
         made_by = {
             "tower": tower_fingerprint(tower),
             "images": images.model_dump(),
             "width": width,
             "dtype": str(dtype).removeprefix("torch."),
         }
-        self.folder = Path(folder) / fingerprint(made_by)[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        own = Path(folder).absolute() / fingerprint(made_by)[:16]
+        own.mkdir(parents=True, exist_ok=True)
+        if not (own / _MADE_BY).exists():
+            write_json(own / _MADE_BY, made_by)
+        self._open(own, width, dtype)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "VisionStore":
+        """One tower's own folder (`VisionStore.folder`), for a process that reads and has no tower."""
+        made_by = read_json(Path(folder) / _MADE_BY)
+        store = cls.__new__(cls)
+        store._open(Path(folder), made_by["width"], getattr(torch, made_by["dtype"]))
+        return store
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels to another process as what lies on disk."""
+        return VisionStore.open, (self.folder,)
+
+    def _open(self, folder: Path, width: int, dtype: torch.dtype) -> None:
+        self.folder = folder
         self.hits = self.misses = 0
         self._width, self._dtype = width, dtype
         self._row_bytes = width * dtype.itemsize
         self._found: dict[bytes, tuple[str, int, int, Grid, int]] = {}
         self._maps: dict[str, np.ndarray] = {}
         self._writer: tuple[str, Any, Any] | None = None
-        if not (self.folder / "store.json").exists():
-            write_json(self.folder / "store.json", made_by)
         for index in sorted(self.folder.glob("*.index")):
             self._read_index(index)
 
@@ -81,10 +108,11 @@ class VisionStore:
             DataError: The file cannot be read.
         """
         try:
-            key = hashlib.sha256(Path(path).read_bytes()).digest()
+            key = hashlib.sha256(picture_bytes(path)).digest()
         except OSError as error:
             raise DataError(
-                f"{path}: cannot be read ({error.strerror}). Put the file there or correct the record."
+                f"{path}: cannot be read ({error.strerror or error}). Put the file there or "
+                "correct the record."
             ) from None
         found = self.read(key)
         self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)

@@ -240,6 +240,9 @@ class RetrievalSettings(Config):
     instruction: InstructionChoice = "first"
     queries_per_shard: PositiveInt = 64
     query_block_rows: PositiveInt = 8192
+    vision_store: PathSetting | None = None
+    """Folder that keeps features of pictures for all embedding jobs: LoRA leaves the vision tower alone, so a
+    picture passes it once in the whole run."""
 
 
 class RunConfig(Config):

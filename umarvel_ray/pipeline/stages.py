@@ -249,6 +249,7 @@ class _Plan:
                 dtype=how.dtype,
                 compute_dtype=self._run.dtype,
                 max_tokens=how.max_tokens,
+                vision_store=how.vision_store,
             ),
         )
         scopes = {"train": (train_scope,), "val": ("local",), "test": ("local", "global")}

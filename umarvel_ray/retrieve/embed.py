@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -71,22 +71,30 @@ def model_of(config: EmbedConfig) -> Model:
     if isinstance(config.model, OurSystem):
         builder = functools.partial(_load_builder, config.checkpoint, config.model.settings)
     return Model(
-        embedder=functools.partial(_load_embedder, config.checkpoint, config.model, config.compute_dtype),
+        embedder=functools.partial(_load_embedder, config),
         builder=builder,
     )
 
 
-def _load_builder(checkpoint: str, settings: EncoderSettings | None) -> Builder:
+def _load_builder(
+    checkpoint: str, settings: EncoderSettings | None, *, vision_store: Path | None = None
+) -> Builder:
     from umarvel_ray.model.encoder import load_input_builder
 
-    return load_input_builder(checkpoint, settings=settings)
+    return load_input_builder(checkpoint, settings=settings, vision_store=vision_store)
 
 
-def _load_embedder(checkpoint: str, system: Any, dtype: Any) -> Embedder:
+def _load_embedder(config: EmbedConfig) -> Embedder:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_embedder(checkpoint, system, device=device, dtype=dtype)
+    embedder = load_embedder(config.checkpoint, config.model, device=device, dtype=config.compute_dtype)
+    if config.vision_store is not None:
+        from umarvel_ray.model.encoder import Encoder
+
+        assert isinstance(embedder, Encoder), "the settings refuse a store for others"
+        embedder.keep_vision_features(config.vision_store)
+    return embedder
 
 
 @dataclass(frozen=True)
@@ -185,8 +193,16 @@ class Window:
     peak_bytes: int = 0
 
 
-ReadWindows = Callable[[Source, Sequence[np.ndarray]], Iterable[Window]]
-"""Reads windows of a source in the order asked for: here and now, or ahead on other processes."""
+class ReadWindows(Protocol):
+    """Reads windows of a source in the order asked for, ahead of who asks, on other processes."""
+
+    def __call__(self, source: Source, windows: Sequence[np.ndarray], /) -> Iterable[Window]:
+        """These rows."""
+        ...
+
+    def look_into(self, vision_store: Path) -> None:
+        """Take features of pictures from there, from now on."""
+        ...
 
 
 def embedding_sources(config: EmbedConfig) -> list[Source]:
@@ -440,6 +456,9 @@ class EmbeddingWorker:
         self._embedder = model.embedder()
         self._lock = threading.Lock()
         self._read = read or self._read_here
+        store = getattr(self._embedder, "vision_store", None)
+        if read is not None and store is not None:
+            read.look_into(store.folder)
 
     def __call__(self, task: ShardTask) -> dict[str, Any]:
         """Write one shard; the same task gives the same file, and a finished one stays as it is.

@@ -58,6 +58,19 @@ class EmbedConfig(Config):
     compute_dtype: DtypeName = "float32"
     max_tokens: PositiveInt = 8192
     """Token budget of a micro-batch."""
+    vision_store: PathSetting | None = None
+    """Folder that keeps what the frozen vision tower makes of a picture, by the picture's content, the tower
+    and the pixel budget: jobs that share it, of any checkpoint with the same tower, pass each picture once.
+    On a file system that all encoders see. Embeddings stay what they are up to rounding."""
+
+    @model_validator(mode="after")
+    def _has_a_tower(self) -> Self:
+        if self.vision_store is not None and not isinstance(self.model, OurSystem):
+            raise ValueError(
+                f"vision_store keeps features of our encoder's tower, but model.kind is {self.model.kind!r}: "
+                "leave it out"
+            )
+        return self
 
 
 class SearchRequest(Config):

@@ -13,6 +13,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -241,7 +242,7 @@ def _opened(source: Source) -> Source:
 class _ReadAhead:
     """Reads windows on other processes, a few ahead of who asks; they come in the order asked for."""
 
-    def __init__(self, make_builder: Callable[[], Builder], depth: int) -> None:
+    def __init__(self, make_builder: Callable[..., Builder], depth: int) -> None:
         self._make_builder, self._depth = make_builder, depth
         self._patience_s = _PATIENCE_S
         self._name = uuid.uuid4().hex  # of the model, so that a process makes its builder once
@@ -255,6 +256,11 @@ class _ReadAhead:
             waiting.append((read.remote(*arguments), arguments))
         while waiting:
             yield self._take(*waiting.popleft())
+
+    def look_into(self, vision_store: Path) -> None:
+        """See `ReadWindows`."""
+        self._make_builder = functools.partial(self._make_builder, vision_store=vision_store)
+        self._name += vision_store.name
 
     def _take(self, reference: Any, arguments: tuple[Any, ...]) -> Window:
         import ray

@@ -58,11 +58,21 @@ class TrainSettings(Config):
     keep_last: PositiveInt = 2
     cache_inputs_bytes: NonNegativeInt = Field(default=256 * 2**20)
     """Memory for prepared records, per worker."""
+    vision_store: PathSetting | None = None
+    """Of the embedder: folder that keeps what the frozen vision tower makes of a picture, on a file system
+    that all workers see; embedding jobs may share it. A picture then passes the tower once in all epochs and
+    stages; what is learned stays the same up to rounding."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError("give either num_steps or num_epochs, not both and not neither")
+        return self
+
+    @model_validator(mode="after")
+    def _tower_is_frozen(self) -> Self:
+        if self.vision_store is not None and self.trainable == "full":
+            raise ValueError("vision_store keeps features of a frozen tower, but trainable is full: drop one")
         return self
 
     @property
@@ -216,6 +226,8 @@ class StageConfig(Config):
             )
         if self.model == "encoder" and self.loss.negatives == "own" and not (lists or given):
             raise ValueError("loss.negatives is own, but queries have no lists: set data.lists")
+        if self.model == "reranker" and self.train.vision_store is not None:
+            raise ValueError("train.vision_store is the embedder's: a reranker keeps none, leave it out")
         if self.model == "reranker" and not (lists or given):
             raise ValueError("a reranker learns from lists, but there are none: set data.lists")
         return self

@@ -118,6 +118,11 @@ def train_stage(
     if state is not None:
         restore(model, state, where=output / "states")
     strategy = make_strategy(model, lanes, settings, how, half=half)
+    if strategy.lockstep and settings.vision_store is not None:
+        raise ConfigError(
+            f"train.vision_store: with {how.kind} all workers call the tower together, so none may take what "
+            "is kept. Leave it out, or train with ddp."
+        )
     task = _make_task(config, model, data, plan, strategy, num_loaders=how.loaders)
     if settings.max_tokens == "auto" and isinstance(task, ContrastiveTask):
         task.find_max_tokens()
@@ -223,6 +228,8 @@ def _load_trainable(config: StageConfig, device: str) -> Encoder | Reranker:
         model = Encoder.load(config.start, settings=config.encoder, device=device, dtype=dtype)
         if config.temperature is not None:
             model.temperature.data.fill_(config.temperature)
+        if settings.vision_store is not None:
+            model.keep_vision_features(settings.vision_store)
         model.cache_inputs(settings.cache_inputs_bytes)
         model.set_trainable(settings.trainable, settings.lora, learn_temperature=settings.learn_temperature)
     else:
