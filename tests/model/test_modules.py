@@ -4,6 +4,7 @@ import pytest
 import torch
 from fixtures_backbones import KINDS
 
+from umarvel_ray.data.records import Candidate
 from umarvel_ray.model import modules
 from umarvel_ray.model.encoder import Encoder
 from umarvel_ray.model.modules import only_at, use_fast_modules, use_stock_modules
@@ -46,3 +47,20 @@ def test_an_mlp_takes_the_tokens_asked_for_alone():
         with only_at(mlp, places_S):
             torch.testing.assert_close(mlp(states_TD), expected, atol=1e-6, rtol=0)
         assert mlp(states_TD).ne(0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_items_do_not_see_where_a_slice_ends(backbones, pictures, kind):
+    """Some 2,000 tokens: several slices, items across their edges, short ones among long ones."""
+    encoder = Encoder.load(backbones[kind])
+    words = [300, 20, 300, 130, 450, 1, 300, 60]
+    records = [
+        Candidate(did=str(number), txt="kite " * count, img_path=pictures["kite"] if number % 3 else None)
+        for number, count in enumerate(words)
+    ]
+    items = [encoder.builder.build(record) for record in records]
+    alone = torch.cat([encoder.embed_items([item]) for item in items])
+    for order in (range(8), [4, 0, 2, 6, 3, 7, 1, 5]):
+        with torch.inference_mode():
+            together = encoder(encoder.builder.pack([items[index] for index in order]))
+        torch.testing.assert_close(together, alone[list(order)], atol=1e-6, rtol=0)

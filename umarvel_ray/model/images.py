@@ -117,19 +117,20 @@ def load_patches(
         raise DataError(f"{path}: {error}. Crop it or leave the record out.") from None
     if (image.height, image.width) != (height, width):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    patches = cut_patches(np.asarray(image), patch_size=patch_size, merge_size=merge_size)
+    patches = cut_patches(image, patch_size=patch_size, merge_size=merge_size)
     return patches, (1, height // patch_size, width // patch_size)
 
 
-def cut_patches(pixels_HWC: np.ndarray, *, patch_size: int, merge_size: int) -> np.ndarray:
-    """uint8 (height, width, 3) → patches (P, 3·patch²), those of one image token together."""
-    height, width, _ = pixels_HWC.shape
+def cut_patches(image: Image.Image, *, patch_size: int, merge_size: int) -> np.ndarray:
+    """RGB → uint8 patches (P, 3·patch²), those of one image token together."""
     unit = patch_size * merge_size
-    pixels = pixels_HWC.reshape(
-        height // unit, merge_size, patch_size, width // unit, merge_size, patch_size, 3
-    )
-    patches = np.ascontiguousarray(pixels.transpose(0, 3, 1, 4, 6, 2, 5))
-    return patches.reshape(-1, 3 * patch_size * patch_size)
+    height, width = image.height // unit, image.width // unit
+    run = np.dtype((np.void, patch_size))  # a patch's part of a line of one band, copied as a whole
+    patches = np.empty((height, width, merge_size, merge_size, 3, patch_size), dtype=run)
+    for channel, band in enumerate(image.split()):
+        lines = np.asarray(band).view(run).reshape(height, merge_size, patch_size, width, merge_size)
+        patches[..., channel, :] = lines.transpose(0, 3, 1, 4, 2)
+    return patches.view(np.uint8).reshape(-1, 3 * patch_size * patch_size)
 
 
 @lru_cache(maxsize=8)

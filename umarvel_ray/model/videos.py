@@ -48,7 +48,7 @@ def load_video(
         raise DataError(f"{path}: {error}. Crop it or leave the record out.") from None
     cut = [
         cut_patches(
-            np.asarray(frame.resize((width, height), Image.Resampling.BICUBIC)),
+            frame.resize((width, height), Image.Resampling.BICUBIC),
             patch_size=patch_size,
             merge_size=merge_size,
         )
