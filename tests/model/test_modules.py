@@ -44,7 +44,7 @@ def test_an_mlp_takes_the_tokens_asked_for_alone():
     expected = torch.zeros_like(states_TD)
     with torch.inference_mode():
         expected[:, places_S] = mlp(states_TD)[:, places_S]
-        with only_at(mlp, places_S):
+        with only_at([mlp], places_S):
             torch.testing.assert_close(mlp(states_TD), expected, atol=1e-6, rtol=0)
         assert mlp(states_TD).ne(0).all()
 

@@ -216,8 +216,7 @@ def hidden_states(
     is_vision_T = (inputs.ids_T == adapter.image_token) | (inputs.ids_T == adapter.video_token)
     if features is not None:
         embeds_TD = embeds_TD.masked_scatter(is_vision_T[:, None], features.merged_VD.to(embeds_TD.dtype))
-    last = core.language_model.layers[-1].mlp
-    with nullcontext() if places_S is None else only_at(last, places_S):
+    with nullcontext() if places_S is None else only_at(_after_keys(core.language_model), places_S):
         output = core.language_model(
             inputs_embeds=embeds_TD[None],
             position_ids=inputs.positions_3T[:, None],
@@ -228,6 +227,13 @@ def hidden_states(
         )
     hidden_TD = output.last_hidden_state[0]
     return hidden_TD if places_S is None else hidden_TD[places_S]
+
+
+def _after_keys(decoder: Any) -> list[Any]:
+    """What treats tokens one by one once the last layer has its keys and values."""
+    layer = decoder.layers[-1]
+    attention = layer.self_attn
+    return [attention.q_proj, attention.o_proj, layer.post_attention_layernorm, layer.mlp, decoder.norm]
 
 
 def core_of(model: Any) -> Any:

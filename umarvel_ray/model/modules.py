@@ -1,6 +1,6 @@
 """Faster ways through modules of a stock backbone: the same numbers up to rounding."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -61,8 +61,10 @@ def _by_slices(mlp: nn.Module, states: Tensor) -> Tensor:
 
 
 @contextmanager
-def only_at(mlp: nn.Module, places_S: Tensor) -> Iterator[None]:
-    """Pass only the tokens at `places_S` of a packed row, (1, T, D), through an MLP; the others get zeros."""
+def only_at(modules: Iterable[nn.Module], places_S: Tensor) -> Iterator[None]:
+    """Pass only the tokens at `places_S` of a packed row, (1, T, D), through modules that treat each token by
+    itself; the others get zeros.
+    """
     lengths: list[int] = []
 
     def take(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -73,7 +75,11 @@ def only_at(mlp: nn.Module, places_S: Tensor) -> Iterator[None]:
         whole = output.new_zeros(1, lengths.pop(), output.shape[2])
         return whole.index_copy(1, places_S, output)
 
-    handles = [mlp.register_forward_pre_hook(take), mlp.register_forward_hook(put)]
+    handles = [
+        handle
+        for module in modules
+        for handle in (module.register_forward_pre_hook(take), module.register_forward_hook(put))
+    ]
     try:
         yield
     finally:
