@@ -6,6 +6,7 @@ plain loop that people write: read the whole file, tokenize, stack, `np.save`.
 """
 
 import json
+import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -135,6 +136,9 @@ def _ours(kind: str) -> Any:
             if progress.rows_done > began[1]:  # what starts once, apart
                 rate = (progress.rows_done - began[1]) / (time.perf_counter() - began[0])
                 facts["rows_per_s_after_first_shard"] = rate
+            # Of the first run: what is read back below, to compare, is mapped and would count.
+            peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            facts.setdefault("driver_peak_mib", peak_kib / 2**10)
             facts["encoder_peak_mib"] = progress.encoder_peak_bytes / 2**20
             facts["reader_peak_mib"] = progress.reader_peak_bytes / 2**20
             facts["encoder_seconds"] = progress.busy_s
