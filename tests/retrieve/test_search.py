@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from umarvel_ray.errors import DataError
-from umarvel_ray.retrieve import search
+from umarvel_ray.retrieve import best, search
 from umarvel_ray.retrieve.search import TopK, merge_top_k, top_k
 from umarvel_ray.retrieve.tiles import Bounds, Narrow, Tile, multiplies_int8
 
@@ -85,8 +85,8 @@ def test_shards_merge_to_the_whole_in_any_order(num_shards):
 
 
 def test_survivors_beyond_the_memory_bound_are_scored_in_turns(monkeypatch):
-    monkeypatch.setattr("umarvel_ray.retrieve.search._MAX_SURVIVORS", 100)
-    monkeypatch.setattr("umarvel_ray.retrieve.search._MERGE_COLUMNS", 16)
+    monkeypatch.setattr("umarvel_ray.retrieve.best._MAX_SURVIVORS", 100)
+    monkeypatch.setattr("umarvel_ray.retrieve.arrays._MOST_COLUMNS", 16)
     candidates, queries = pool("equal", 400), random_unit(3, 48, seed=8)
     assert_same_bits(top_k(queries, candidates, 5, tile_columns=64), brute_force(queries, candidates, 5))
 
@@ -143,6 +143,17 @@ def test_the_error_bound_holds_for_every_product(precision):
     assert worst > (0.001 if precision == "float32" else 0.1)
 
 
+@pytest.mark.parametrize("first_pass", PASSES)
+def test_a_group_of_long_and_short_vectors_loses_none_where_all_scores_are_negative(first_pass):
+    """The scale of such a group says little about its short members, and theirs are the best scores."""
+    queries = random_unit(6, 24, seed=21)
+    candidates = random_unit(2048, 24, seed=22) - 3 * queries.mean(axis=0)
+    candidates[(candidates @ queries.T).max(axis=1) > -0.01] = -queries[0]
+    candidates[[5, 700, 1999]] *= np.float32(1e-3)
+    found = top_k(queries, candidates, 20, first_pass=first_pass)
+    assert_same_bits(found, brute_force(queries, candidates, 20))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.lists(st.integers(-8, 8), min_size=3, max_size=3), min_size=1, max_size=40),
@@ -164,7 +175,7 @@ def test_any_grid_of_numbers_any_cut(values, exponents, num_queries, k, first_pa
 @pytest.mark.parametrize("first_pass", PASSES)
 def test_a_wrong_guess_is_noticed_and_mended(first_pass, monkeypatch):
     """A guess that trusts every estimate to the last bit loses candidates unless it is proven afterwards."""
-    monkeypatch.setattr(search, "_guessed_share", lambda width: -1.0)
+    monkeypatch.setattr(best, "_guessed_share", lambda width: -1.0)
     candidates, queries = pool("clustered", 3000), random_unit(30, 48, seed=17)
     found = top_k(queries, candidates, 5, first_pass=first_pass, tile_columns=1024)
     assert_same_bits(found, brute_force(queries, candidates, 5))

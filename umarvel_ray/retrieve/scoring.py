@@ -47,12 +47,22 @@ def exact_scores_by_query(
         largest: No product of a query's and a candidate's length exceeds this.
     """
     numbers, counts = torch.unique_consecutive(query_N, return_counts=True)
-    sums = [
-        torch.mv(candidates_CD.index_select(0, columns).double(), queries_QD[number].double())
-        for number, columns in zip(numbers.tolist(), column_N.split(counts.tolist()), strict=True)
-    ]
+    width = queries_QD.shape[1]
+    step = max(1, _PIECE_VALUES // width)
+    # Memory that is used again: fresh pages would cost more than the sums.
+    single_PD, double_PD = torch.empty(step, width), torch.empty(step, width, dtype=torch.float64)
+    sums_N = torch.empty(len(query_N), dtype=torch.float64)
+    start = 0
+    for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+        query_D = queries_QD[number].double()
+        for first in range(start, start + count, step):
+            columns = column_N[first : min(first + step, start + count)]
+            rows_PD = torch.index_select(candidates_CD, 0, columns, out=single_PD[: len(columns)])
+            exact_PD = double_PD[: len(columns)].copy_(rows_PD)
+            torch.mv(exact_PD, query_D, out=sums_N[first : first + len(columns)])
+        start += count
     return _rounded(
-        torch.cat([queries_QD.new_empty(0, dtype=torch.float64), *sums]),
+        sums_N,
         _bound(queries_QD.shape[1]) * largest,
         lambda odd: (queries_QD[query_N[odd]], candidates_CD[column_N[odd]]),
     )

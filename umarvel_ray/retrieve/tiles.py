@@ -14,15 +14,19 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from umarvel_ray.retrieve.arrays import taken
+
 Precision = Literal["float32", "bfloat16", "int8"]
 """What tiles are made of. int8 carries one scale per vector; its products are exact integers."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 PRODUCT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int32}
 """Of what `Tile.products` gives."""
-_PIECE_VALUES = 1 << 17
-"""Values per piece that is made narrow, 512 KB: it stays in the cache for the passes over it."""
+_PIECE_VALUES = 1 << 16
+"""Values per piece that is made narrow, 256 KB: with two copies it stays in the cache."""
 _TINY = 2.0**-100
+_LARGEST_SUM = 2.0**30
+"""Of int8 products of any width below 66,000; doubled it is still a 32-bit integer."""
 
 
 class Narrow(NamedTuple):
@@ -49,24 +53,28 @@ class Narrow(NamedTuple):
             low_ND = torch.empty((num, width), dtype=_DTYPES[precision], device=device)
         scale_N, length_N = torch.ones(num, device=device), torch.empty(num, device=device)
         rest_N = torch.zeros(num, device=device)
-        step = num if device.type == "cuda" else max(1, _PIECE_VALUES // width)
-        for start in range(0, num, max(step, 1)):
+        step = max(1, num if device.type == "cuda" else _PIECE_VALUES // width)
+        scaled_BD, whole_BD = torch.empty(2, min(step, num), width, device=device).unbind()
+        for start in range(0, num, step):
             piece = slice(start, start + step)
             exact = vectors_ND[piece]
-            length_N[piece] = torch.linalg.vector_norm(exact, dim=1)
-            if precision == "float32":
-                continue
+            scaled, whole = scaled_BD[: len(exact)], whole_BD[: len(exact)]
+            torch.linalg.vector_norm(exact, dim=1, out=length_N[piece])
             if precision == "int8":
-                scale_N[piece] = exact.abs().amax(dim=1).clamp_(min=_TINY).div_(127)
-            scale = scale_N[piece, None]
-            narrow = torch.div(exact, scale).round_() if precision == "int8" else exact.to(torch.bfloat16)
-            low_ND[piece] = narrow
-            rest = torch.addcmul(exact, narrow.float(), scale, value=-1)
-            rest_N[piece] = torch.linalg.vector_norm(rest, dim=1)
-        # Lengths were summed in float32; low · scale, and the difference, were rounded once each.
-        rest_N = rest_N * (1 + width * 2.0**-23)
+                largest = torch.abs(exact, out=scaled).amax(dim=1).clamp_(min=_TINY)
+                torch.div(largest, 127, out=scale_N[piece])
+                torch.mul(exact, (127 / largest)[:, None], out=scaled)
+                torch.round(scaled, out=whole)
+                low_ND[piece] = whole
+                torch.linalg.vector_norm(scaled.sub_(whole), dim=1, out=rest_N[piece])
+            elif precision == "bfloat16":
+                low_ND[piece] = exact
+                torch.sub(exact, low_ND[piece], out=scaled)
+                torch.linalg.vector_norm(scaled, dim=1, out=rest_N[piece])
+        # Lengths were summed in float32; a scale, its inverse and each product with it were rounded.
+        rest_N = rest_N * scale_N * (1 + width * 2.0**-23)
         if precision == "int8":
-            rest_N += 2.0**-22 * length_N
+            rest_N += 2.0**-21 * length_N
         return cls(low_ND, scale_N, length_N * (1 + width * 2.0**-23) + rest_N, rest_N)
 
 
@@ -80,10 +88,14 @@ class Tile:
         scale_G: float32, the middle of the group's scales.
         spread_G: float32, how far from the middle they lie at most, as a share of it.
         length_G, rest_G: float32, upper bounds over the group.
+        scale_C, length_C, rest_C: float32, each candidate's own.
     """
 
     low_CD: Tensor
     column_C: Tensor
+    scale_C: Tensor
+    length_C: Tensor
+    rest_C: Tensor
     scale_G: Tensor
     spread_G: Tensor
     length_G: Tensor
@@ -123,6 +135,9 @@ class Tile:
         return cls(
             narrow.low_ND,
             column_C,
+            narrow.scale_N,
+            narrow.length_N,
+            narrow.rest_N,
             middle_G,
             (scale_MG.amax(dim=0) - middle_G) / middle_G,
             length_MG.amax(dim=0),
@@ -143,16 +158,21 @@ class Tile:
 class Bounds:
     """Between which limits the exact scores of a tile lie, given its products.
 
-    |scale · product − score| ≤ absolute + relative · |scale · product|, for any member of the group.
+    |scale · product − score| ≤ absolute + relative · |scale · product|, for any member of the group; scale
+    and absolute are outer products of what the query and what the group add to them. Of a single candidate
+    more is known: its own scale, length and rest.
 
     Attributes:
-        scale_QG, absolute_QG: float32.
-        relative_G: float32, below 1.
+        queries: Their scales, lengths and rests.
+        tile: Its groups' and its candidates'.
+        sums: What sums lose, as a share of the product of the lengths.
+        rounding: What products lose, as a share of themselves.
     """
 
-    scale_QG: Tensor
-    absolute_QG: Tensor
-    relative_G: Tensor
+    queries: Narrow
+    tile: Tile
+    sums: float
+    rounding: float
 
     @classmethod
     def of(cls, tile: Tile, queries: Narrow) -> "Bounds":
@@ -162,40 +182,74 @@ class Bounds:
         """
         width, dtype = tile.low_CD.shape[1], tile.low_CD.dtype
         sums = 2.0**-22 if dtype == torch.int8 else (width + 4) * 2.0**-24
-        absolute_QG = torch.outer(queries.rest_N, tile.length_G)
-        absolute_QG.addr_(queries.length_N, tile.rest_G + sums * tile.length_G)
-        relative_G = 1.01 * tile.spread_G + 2.0**-19
-        if dtype == torch.bfloat16:
-            relative_G += 1.01 * 2.0**-8
-        scale_QG = torch.outer(queries.scale_N, tile.scale_G)
-        return cls(scale_QG, absolute_QG.mul_(1.01).add_(_TINY), relative_G)
+        rounding = 1.01 * 2.0**-8 if dtype == torch.bfloat16 else 0.0
+        return cls(queries, tile, sums, rounding + 2.0**-19)
+
+    @property
+    def relative_G(self) -> Tensor:
+        """The part of the error that hangs on the product."""
+        return 1.01 * self.tile.spread_G + self.rounding
+
+    @property
+    def scale_QG(self) -> Tensor:
+        """What a product stands for."""
+        return torch.outer(self.queries.scale_N, self.tile.scale_G)
+
+    @property
+    def absolute_QG(self) -> Tensor:
+        """The part of the error that does not hang on the product."""
+        tile, queries = self.tile, self.queries
+        absolute_QG = torch.outer(queries.rest_N, 1.01 * tile.length_G)
+        return absolute_QG.addr_(queries.length_N, self._rest(tile.rest_G, tile.length_G)).add_(_TINY)
+
+    def _rest(self, rest: Tensor, length: Tensor) -> Tensor:
+        return 1.01 * (rest + self.sums * length)
 
     def lower(self, products_QG: Tensor, *, share: float) -> Tensor:
-        """Lower bounds of the scores, one product for each group, if `share` of the error is all there is."""
-        estimate_QG = self.scale_QG * products_QG
-        error_QG = torch.addcmul(self.absolute_QG, self.relative_G, estimate_QG.abs())
-        return estimate_QG.sub_(error_QG, alpha=share)
+        """Lower bounds of the scores, one product for each group, if `share` of what rounding took is all
+        that an estimate is off by."""
+        estimate_QG = self.scale_QG.mul_(products_QG)
+        lower_QG = estimate_QG.addcmul(self.relative_G, estimate_QG.abs(), value=-1)
+        return lower_QG.sub_(self.absolute_QG, alpha=share)
 
-    def upper(self, products_S: Tensor, group_S: Tensor) -> Tensor:
-        """Upper bounds of some scores, given the places of their groups in (Q, G)."""
-        estimate_S = self.scale_QG.view(-1).index_select(0, group_S) * products_S
-        relative_S = self.relative_G.index_select(0, group_S % len(self.relative_G))
-        error_S = self.absolute_QG.view(-1).index_select(0, group_S)
-        return torch.addcmul(error_S, relative_S, estimate_S.abs()).add_(estimate_S)
+    def limits(
+        self, products_S: Tensor, query_S: Tensor, place_S: Tensor, *, share: float
+    ) -> tuple[Tensor, Tensor]:
+        """(lower, upper) bounds of the scores of some pairs, float32; the lower one as that of `lower`.
 
-    def least(self, floor_Q: Tensor, dtype: torch.dtype) -> Tensor:
+        Args:
+            query_S, place_S: Which query, and where in the tile the candidate stands.
+        """
+        tile, queries = self.tile, self.queries
+        estimate_S = (taken(queries.scale_N, query_S) * taken(tile.scale_C, place_S)).mul_(products_S)
+        absolute_S = taken(queries.rest_N, query_S) * taken(1.01 * tile.length_C, place_S)
+        rest_S = taken(self._rest(tile.rest_C, tile.length_C), place_S)
+        absolute_S.addcmul_(taken(queries.length_N, query_S), rest_S)
+        relative_S = estimate_S.abs().mul_(self.rounding).add_(_TINY)
+        upper_S = (estimate_S + relative_S).add_(absolute_S)
+        return estimate_S.sub_(relative_S).sub_(absolute_S, alpha=share), upper_S
+
+    def least(self, floor_Q: Tensor) -> Tensor:
         """(Q, G): a product below it has an upper bound below the floor; whole numbers for whole products.
 
-        The upper bound s + relative · |s| + absolute rises with s, so this solves it for s.
+        The upper bound s + relative · |s| + absolute rises with s while relative is below 1, so this solves
+        it for s; from a half on, where 1 / (1 − relative) leaves 1 + 2 · relative, all may reach the floor.
         """
-        rest_QG = floor_Q[:, None] - self.absolute_QG
-        widened_QG = torch.where(
-            rest_QG > 0, rest_QG * (1 - self.relative_G), rest_QG * (1 + 2 * self.relative_G)
-        )
-        least_QG = widened_QG.div_(self.scale_QG)
-        if dtype != torch.int32:
-            return least_QG
-        return least_QG.ceil_().clamp_(-(2.0**31), 2.0**31 - 128).to(torch.int32)
+        tile, queries = self.tile, self.queries
+        by_query = torch.stack([floor_Q - _TINY, -queries.rest_N, -queries.length_N]) / queries.scale_N
+        rest_G = self._rest(tile.rest_G, tile.length_G)
+        by_group = torch.stack([torch.ones_like(rest_G), 1.01 * tile.length_G, rest_G]) / tile.scale_G
+        least_QG = torch.outer(by_query[0], by_group[0])
+        least_QG.addr_(by_query[1], by_group[1]).addr_(by_query[2], by_group[2])
+        is_whole = tile.low_CD.dtype == torch.int8
+        if is_whole:
+            least_QG.clamp_(-_LARGEST_SUM, _LARGEST_SUM)
+        relative_G = self.relative_G
+        least_QG.addcmul_(relative_G, least_QG.abs(), value=-2)
+        if len(wild := torch.nonzero(relative_G >= 0.5)):
+            least_QG[:, wild[:, 0]] = -2 * _LARGEST_SUM
+        # A fraction is cut towards zero: at or below the next whole number.
+        return least_QG.to(torch.int32) if is_whole else least_QG
 
 
 def multiplies_bfloat16(device: str) -> bool:
