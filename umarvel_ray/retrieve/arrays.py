@@ -26,6 +26,11 @@ def places_of(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
+def reaches(values: Tensor, least: Tensor) -> Tensor:
+    """Which float32 values are at least what they have to be."""
+    return values >= least if values.is_cuda else torch.from_numpy(values.numpy() >= least.numpy())
+
+
 def divided(values: Tensor, by: int) -> tuple[Tensor, Tensor]:
     """(whole part, what remains) of numbers that are not negative."""
     if values.is_cuda:
@@ -41,7 +46,7 @@ def order_of(keys: Tensor) -> Tensor:
 
 
 def stable_order(values: Tensor) -> Tensor:
-    """Order of small numbers that are not negative, equal ones as they stood; on the CPU."""
+    """Order of numbers below 65,536 that are not negative, equal ones as they stood; on the CPU."""
     return torch.from_numpy(np.argsort(values.numpy().astype(np.uint16), kind="stable"))
 
 

@@ -4,7 +4,6 @@ Axes: Q queries, C candidates of a block or tile, D width, K results, G groups o
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,11 +18,12 @@ from umarvel_ray.retrieve.arrays import (
     order_of,
     padded,
     places_of,
+    reaches,
     stable_order,
     taken,
 )
 from umarvel_ray.retrieve.crew import Crew
-from umarvel_ray.retrieve.scoring import exact_scores, exact_scores_by_query
+from umarvel_ray.retrieve.scoring import exact_scores, exact_scores_by_query, sampled_products
 from umarvel_ray.retrieve.tiles import PRODUCT_DTYPES, Bounds, Narrow, Precision, Tile
 
 _MAX_SURVIVORS = 1 << 22
@@ -101,7 +101,7 @@ class Best:
         with crew.buffer(_NUM_WAITING * size, PRODUCT_DTYPES[block.precision]) as out:
             for number, tile in enumerate(block.tiles):
                 products_QC = tile.products(queries, out[len(waiting) * size :])
-                maxima_QG = products_QC.view(len(products_QC), -1, tile.num_groups).amax(dim=1)
+                maxima_QG = products_QC.view(len(products_QC), -1, tile.num_groups).amax(dim=1).float()
                 waiting.append((products_QC, maxima_QG, Bounds.of(tile, queries)))
                 if _is_due(number):
                     lower_QG = waiting[-1][2].lower(maxima_QG, share=share)
@@ -110,12 +110,13 @@ class Best:
                 # Of the first tiles nearly all would survive: they wait until the floor has risen.
                 if number + 1 < min(_NUM_WAITING, len(block.tiles)):
                     continue
-                survivors += [_survivors(*products, floor_Q, share=share) for products in waiting]
+                for products in waiting:
+                    survivors.append(_survivors(*products, floor_Q, share=share))
+                    if sum(len(found.key_S) for found in survivors) > _MAX_SURVIVORS:
+                        floor_Q = self._settle(block, survivors, floor_Q)
+                        floor_QK = self.scores_QK
+                        survivors = []
                 waiting.clear()
-                if sum(len(found.key_S) for found in survivors) > _MAX_SURVIVORS:
-                    floor_Q = self._settle(block, survivors, floor_Q)
-                    floor_QK = self.scores_QK
-                    survivors = []
         return self._settle(block, survivors, floor_Q) if survivors else floor_Q
 
     def _settle(self, block: Block, survivors: list["_Survivors"], floor_Q: Tensor) -> Tensor:
@@ -152,33 +153,19 @@ class Best:
             pairs = zip(query.split(step), column.split(step), strict=True)
             return torch.cat([(self._queries_QD[q] * block.exact_CD[c]).sum(dim=1) for q, c in pairs])
         # Candidates some at a time: rows that several queries want come from memory once.
-        refined = torch.empty(len(query))
+        refined, start = torch.empty(len(query)), 0
         step = max(1, _SPAN_BYTES // (4 * block.exact_CD.shape[1]))
-        span, in_span = divided(column, step)
+        span, row = divided(column, step)
         order = stable_order(span)
-        start = 0
         for number, count in enumerate(torch.bincount(span).tolist()):
             if not count:
                 continue
             which = order[start : start + count]
             start += count
             rows_CD = block.exact_CD[number * step : (number + 1) * step]
-            products = self._sampled(taken(query, which), taken(in_span, which), rows_CD)
+            products = sampled_products(self._queries_QD, rows_CD, taken(query, which), taken(row, which))
             refined.numpy()[which.numpy()] = products.numpy()
         return refined
-
-    def _sampled(self, query: Tensor, column: Tensor, rows_CD: Tensor) -> Tensor:
-        """float32 inner products of pairs that stand by query, read where they lie: sooner than gathered."""
-        num_queries = len(self._queries_QD)
-        ends_Q = torch.bincount(query, minlength=num_queries).cumsum(0)
-        wanted = torch.sparse_csr_tensor(
-            torch.cat([ends_Q.new_zeros(1), ends_Q]),
-            column,
-            torch.zeros(len(query)),
-            size=(num_queries, len(rows_CD)),
-            check_invariants=False,
-        )
-        return torch.sparse.sampled_addmm(wanted, self._queries_QD, rows_CD.T, beta=0).values()
 
     def _refined_error(self, block: Block) -> float:
         """Bound of the error of `_refined`: D products and D sums are rounded."""
@@ -223,7 +210,7 @@ class _Survivors(NamedTuple):
 
     def reaching(self, floor_Q: Tensor) -> "_Survivors":
         """Those that may reach their query's floor."""
-        return self.at(places_of(self.upper_S >= taken(floor_Q, self.key_S >> 32)))
+        return self.at(places_of(reaches(self.upper_S, taken(floor_Q, self.key_S >> 32))))
 
 
 def _survivors(
@@ -233,12 +220,12 @@ def _survivors(
     (num_columns, num_groups), tile = (products_QC.shape[1], maxima_QG.shape[1]), bounds.tile
     least_QG = bounds.least(floor_Q)
     # Most groups have no member that does, and their largest tells.
-    group_M = places_of(maxima_QG >= least_QG)
+    group_M = places_of(reaches(maxima_QG, least_QG))
     query_M, in_row_M = divided(group_M, num_groups)
     members_N = torch.arange(0, num_columns, num_groups, device=group_M.device)
     place_NM = query_M * num_columns + in_row_M + members_N[:, None]
-    products_NM = taken(products_QC, place_NM)
-    which_S = places_of(products_NM >= taken(least_QG, group_M))
+    products_NM = taken(products_QC, place_NM).float()
+    which_S = places_of(reaches(products_NM, taken(least_QG, group_M)))
     query_S, column_S = divided(taken(place_NM, which_S), num_columns)
     lower_S, upper_S = bounds.limits(taken(products_NM, which_S), query_S, column_S, share=share)
     return _Survivors((query_S << 32) + taken(tile.column_C, column_S), lower_S, upper_S)
@@ -253,9 +240,3 @@ def _guessed_share(width: int) -> float:
 def _is_due(number: int) -> bool:
     """Whether the K-th scores are looked for after this tile: they move less and less."""
     return number & (number - 1) == 0 or (number % 3 == 0 and (number // 3) & (number // 3 - 1) == 0)
-
-
-with warnings.catch_warnings():
-    # Torch says once that its sparse tensors are in beta; one product of them is all that is used here.
-    warnings.simplefilter("ignore")
-    torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), check_invariants=False)

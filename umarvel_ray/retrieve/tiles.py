@@ -22,11 +22,9 @@ Precision = Literal["float32", "bfloat16", "int8"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 PRODUCT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int32}
 """Of what `Tile.products` gives."""
-_PIECE_VALUES = 1 << 16
-"""Values per piece that is made narrow, 256 KB: with two copies it stays in the cache."""
+_PIECE_VALUES = 1 << 17
+"""Values per piece that is made narrow, 512 KB: the passes over it find it in the cache."""
 _TINY = 2.0**-100
-_LARGEST_SUM = 2.0**30
-"""Of int8 products of any width below 66,000; doubled it is still a 32-bit integer."""
 
 
 class Narrow(NamedTuple):
@@ -230,26 +228,29 @@ class Bounds:
         return estimate_S.sub_(relative_S).sub_(absolute_S, alpha=share), upper_S
 
     def least(self, floor_Q: Tensor) -> Tensor:
-        """(Q, G): a product below it has an upper bound below the floor; whole numbers for whole products.
+        """(Q, G) float32: a product below it has an upper bound below the floor.
 
-        The upper bound s + relative · |s| + absolute rises with s while relative is below 1, so this solves
-        it for s; from a half on, where 1 / (1 − relative) leaves 1 + 2 · relative, all may reach the floor.
+        The upper bound s + relative · |s| + absolute rises with s while relative is below 1, so s has to
+        reach x = floor − absolute but for 2 · relative · |x|, if relative is below a half; |x| is at most
+        |floor| + absolute, which leaves a sum of outer products. From a half on, all may reach the floor.
         """
         tile, queries = self.tile, self.queries
-        by_query = torch.stack([floor_Q - _TINY, -queries.rest_N, -queries.length_N]) / queries.scale_N
-        rest_G = self._rest(tile.rest_G, tile.length_G)
-        by_group = torch.stack([torch.ones_like(rest_G), 1.01 * tile.length_G, rest_G]) / tile.scale_G
-        least_QG = torch.outer(by_query[0], by_group[0])
-        least_QG.addr_(by_query[1], by_group[1]).addr_(by_query[2], by_group[2])
-        is_whole = tile.low_CD.dtype == torch.int8
-        if is_whole:
-            least_QG.clamp_(-_LARGEST_SUM, _LARGEST_SUM)
         relative_G = self.relative_G
-        least_QG.addcmul_(relative_G, least_QG.abs(), value=-2)
+        more_G = 1 + 2 * relative_G
+        floor_Q = floor_Q - _TINY
+        by_query = torch.stack([floor_Q, floor_Q.abs(), queries.rest_N, queries.length_N]) / queries.scale_N
+        by_group = torch.stack(
+            [
+                torch.ones_like(relative_G),
+                -2 * relative_G,
+                -1.01 * more_G * tile.length_G,
+                -more_G * self._rest(tile.rest_G, tile.length_G),
+            ]
+        )
+        least_QG = torch.mm(by_query.T, by_group / tile.scale_G)
         if len(wild := torch.nonzero(relative_G >= 0.5)):
-            least_QG[:, wild[:, 0]] = -2 * _LARGEST_SUM
-        # A fraction is cut towards zero: at or below the next whole number.
-        return least_QG.to(torch.int32) if is_whole else least_QG
+            least_QG[:, wild[:, 0]] = -torch.inf
+        return least_QG
 
 
 def multiplies_bfloat16(device: str) -> bool:
