@@ -144,6 +144,15 @@ def test_the_error_bound_holds_for_every_product(precision):
 
 
 @pytest.mark.parametrize("first_pass", PASSES)
+def test_lengths_whose_squares_overflow_lose_no_candidate(first_pass):
+    candidates = random_unit(700, 24, seed=23) * np.float32(1e25)
+    candidates[::3] *= np.float32(1e-30)
+    queries = random_unit(5, 24, seed=24) * np.float32(1e-28)
+    found = top_k(queries, candidates, 9, first_pass=first_pass)
+    assert_same_bits(found, brute_force(queries, candidates, 9))
+
+
+@pytest.mark.parametrize("first_pass", PASSES)
 def test_a_group_of_long_and_short_vectors_loses_none_where_all_scores_are_negative(first_pass):
     """The scale of such a group says little about its short members, and theirs are the best scores."""
     queries = random_unit(6, 24, seed=21)

@@ -3,7 +3,7 @@
 Candidates are drawn around 2,000 centres, queries beside candidates: each query has some near candidates, and
 all others are about orthogonal. Directions are drawn evenly, the hardest case for a narrow first pass since
 cosines lie closest together, or (`directions`) from fewer, with variances that fall as 1/√i, as embeddings
-that a model was trained to make have them: 256 of these are worth 167 even ones. Times are of the search
+that a model was trained to make have them: 256 of these are worth 152 even ones. Times are of the search
 alone, as of a warm index: faiss and Torch hold the candidates as float32; ours makes its narrow copy anew.
 """
 

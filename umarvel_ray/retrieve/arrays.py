@@ -27,8 +27,11 @@ def places_of(mask: Tensor) -> Tensor:
 
 
 def reaches(values: Tensor, least: Tensor) -> Tensor:
-    """Which float32 values are at least what they have to be."""
-    return values >= least if values.is_cuda else torch.from_numpy(values.numpy() >= least.numpy())
+    """Which float32 values are not below what they have to be; what overflowed to NaN is not."""
+    if values.is_cuda:
+        return ~(values < least)
+    below = values.numpy() < least.numpy()
+    return torch.from_numpy(np.logical_not(below, out=below))
 
 
 def divided(values: Tensor, by: int) -> tuple[Tensor, Tensor]:

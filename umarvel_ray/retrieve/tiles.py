@@ -208,7 +208,7 @@ class Bounds:
         that an estimate is off by."""
         estimate_QG = self.scale_QG.mul_(products_QG)
         lower_QG = estimate_QG.addcmul(self.relative_G, estimate_QG.abs(), value=-1)
-        return lower_QG.sub_(self.absolute_QG, alpha=share)
+        return _known(lower_QG.sub_(self.absolute_QG, alpha=share))
 
     def limits(
         self, products_S: Tensor, query_S: Tensor, place_S: Tensor, *, share: float
@@ -225,7 +225,7 @@ class Bounds:
         absolute_S.addcmul_(taken(queries.length_N, query_S), rest_S)
         relative_S = estimate_S.abs().mul_(self.rounding).add_(_TINY)
         upper_S = (estimate_S + relative_S).add_(absolute_S)
-        return estimate_S.sub_(relative_S).sub_(absolute_S, alpha=share), upper_S
+        return _known(estimate_S.sub_(relative_S).sub_(absolute_S, alpha=share)), upper_S
 
     def least(self, floor_Q: Tensor) -> Tensor:
         """(Q, G) float32: a product below it has an upper bound below the floor.
@@ -251,6 +251,11 @@ class Bounds:
         if len(wild := torch.nonzero(relative_G >= 0.5)):
             least_QG[:, wild[:, 0]] = -torch.inf
         return least_QG
+
+
+def _known(lower: Tensor) -> Tensor:
+    """Bounds that overflowed say nothing."""
+    return lower.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
 
 def multiplies_bfloat16(device: str) -> bool:
