@@ -98,7 +98,8 @@ class Best:
         survivors: list[_Survivors] = []
         size = len(self._queries_QD) * max(len(tile.low_CD) for tile in block.tiles)
         waiting: list[tuple[Tensor, Tensor, Bounds]] = []
-        with crew.buffer(_NUM_WAITING * size, PRODUCT_DTYPES[block.precision]) as out:
+        num_waiting = min(_NUM_WAITING, len(block.tiles))
+        with crew.buffer(num_waiting * size, PRODUCT_DTYPES[block.precision]) as out:
             for number, tile in enumerate(block.tiles):
                 products_QC = tile.products(queries, out[len(waiting) * size :])
                 maxima_QG = products_QC.view(len(products_QC), -1, tile.num_groups).amax(dim=1).float()
@@ -108,7 +109,7 @@ class Best:
                     floor_QK = largest(torch.cat([floor_QK, lower_QG], dim=1), self._k)
                     floor_Q = torch.maximum(floor_Q, floor_QK.amin(dim=1))
                 # Of the first tiles nearly all would survive: they wait until the floor has risen.
-                if number + 1 < min(_NUM_WAITING, len(block.tiles)):
+                if number + 1 < num_waiting:
                     continue
                 for products in waiting:
                     survivors.append(_survivors(*products, floor_Q, share=share))

@@ -52,7 +52,8 @@ class Narrow(NamedTuple):
         scale_N, length_N = torch.ones(num, device=device), torch.empty(num, device=device)
         rest_N = torch.zeros(num, device=device)
         step = max(1, num if device.type == "cuda" else _PIECE_VALUES // width)
-        scaled_BD, whole_BD = torch.empty(2, min(step, num), width, device=device).unbind()
+        num_held = 0 if precision == "float32" else min(step, num)
+        scaled_BD, whole_BD = torch.empty(2, num_held, width, device=device).unbind()
         for start in range(0, num, step):
             piece = slice(start, start + step)
             exact = vectors_ND[piece]
