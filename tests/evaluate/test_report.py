@@ -193,7 +193,9 @@ def test_the_page_tells_the_story(inputs, tmp_path):
     assert "picture unreadable" in text and "1 picture could not be read" in text
     assert re.search(r"loss 4\.9\d → 3\.0\d · 200 steps", text)
     assert "filter 0.5" in text and "1,234" in text
-    assert "alpha 0.5: 0.4125 · P(Yes) alone: 0.2200 · recall alone: 0.3700" in text
+    assert (
+        "alpha 0.5: 0.4125 · best of the curve: 0.4125 · P(Yes) alone: 0.2200 · recall alone: 0.3700" in text
+    )
     assert (
         "63.2" not in text and "84.4" in text
     )  # published tasks, but no mean over other tasks than measured
