@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
-# Much of a test of Ray is waiting: two processes share the files, each with its own Ray.
-PARALLEL ?= -n 2 --dist loadfile
 
 # The user's own python3 first; where it is too old, a newer one beside it.
 ifndef PYTHON
@@ -26,13 +24,13 @@ demo: $(READY) ## the whole recipe on the demonstration world, in minutes; ends 
 	@$(BIN)/umarvel demo $(ARGS)
 
 test: $(READY) ## all tests but those of whole clusters and those that need a GPU
-	@$(BIN)/python -m pytest -m "not gpu and not cluster" $(PARALLEL) $(ARGS)
+	@$(BIN)/python -m pytest -m "not gpu and not cluster" $(ARGS)
 
 test-cluster: $(READY) ## whole runs on clusters of several nodes and on object storage, minutes each
 	@$(BIN)/python -m pytest -m cluster $(ARGS)
 
 test-fast: $(READY) ## the tests that take no more than a minute and a half together
-	@$(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL) $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
 check: style test-fast ## what a change must pass: format, lint, types, fast tests
 
