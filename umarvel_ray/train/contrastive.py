@@ -139,9 +139,7 @@ class ContrastiveTask:
             "temperature": self.model.temperature.item(),
             "num_queries": batch.num_queries,
             "num_candidates": batch.num_candidates,
-            "negatives_per_query": round(
-                batch.negatives_per_query(own_lists=self._settings.over_own_lists), 2
-            ),
+            "negatives_per_query": round(batch.negatives_per_query(own_lists=of_lists), 2),
             "false_negatives": len(batch.false_pairs[0]),
         }
 
