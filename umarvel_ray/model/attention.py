@@ -8,7 +8,7 @@ all. T tokens, H heads, D width of a head, N items.
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -49,20 +49,56 @@ class Block:
     keys_BS: Tensor | None = None
     start: int | None = None
 
-    def queries(self, states: Tensor) -> Tensor:
-        """Those of the tokens that look: (H, T, D) → (B, H, L, D)."""
-        if self.start is None:
-            return _pick(states, self.index_BL)
-        row = states.narrow(1, self.start, self.index_BL.numel())
-        return row.unflatten(1, self.index_BL.shape).transpose(0, 1)
 
-    def keys(self, states: Tensor) -> Tensor:
-        """Those of the tokens looked at: (H, T, D) → (B, H, S, D)."""
-        return self.queries(states) if self.keys_BS is None else _pick(states, self.keys_BS)
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """How the row of tokens is cut for its blocks: all in one go, since a cut's gradient is as large as the row.
 
+    Attributes:
+        shapes: For each block (items, tokens of each).
+        places: For each block which piece of the row it is; None if it is copied.
+        pieces: Tokens of each piece of the row, in order.
+        copied: int64, tokens of all blocks that are copied, end to end.
+    """
 
-def _pick(states: Tensor, index: Tensor) -> Tensor:
-    return states.index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
+    shapes: tuple[tuple[int, int], ...]
+    places: tuple[int | None, ...]
+    pieces: tuple[int, ...]
+    copied: Tensor | None
+
+    @classmethod
+    def of(cls, indices: Sequence[Tensor], starts: Sequence[int | None], num_tokens: int) -> "_Cut":
+        """Of the blocks with these tokens, those with a start lying in the row from there on."""
+        order = sorted((start, n) for n, start in enumerate(starts) if start is not None)
+        places: list[int | None] = [None] * len(indices)
+        pieces, done = [], 0
+        for start, number in order:
+            if start > done:
+                pieces.append(start - done)
+            places[number] = len(pieces)
+            pieces.append(indices[number].numel())
+            done = start + pieces[-1]
+        if order and done < num_tokens:
+            pieces.append(num_tokens - done)
+        copied = [index.flatten() for index, start in zip(indices, starts, strict=True) if start is None]
+        return cls(
+            shapes=tuple((index.shape[0], index.shape[1]) for index in indices),
+            places=tuple(places),
+            pieces=tuple(pieces),
+            copied=torch.cat(copied) if copied else None,
+        )
+
+    def __call__(self, states: Tensor) -> list[Tensor]:
+        """(H, T, D) → for each block (B, H, L, D)."""
+        pieces = states.split(self.pieces, dim=1) if self.pieces else ()
+        moved: Iterator[Tensor] = iter(())
+        if self.copied is not None:
+            sizes = [b * n for (b, n), place in zip(self.shapes, self.places, strict=True) if place is None]
+            moved = iter(states.index_select(1, self.copied).split(sizes, dim=1))
+        return [
+            (next(moved) if place is None else pieces[place]).unflatten(1, shape).transpose(0, 1)
+            for shape, place in zip(self.shapes, self.places, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +122,8 @@ class PackedLayout:
 
     Attributes:
         blocks: All items, each in one block; empty with `spans`.
+        queries: Cuts the tokens that look.
+        keys: Cuts the tokens looked at.
         restore_T: int64, for each token of the packed row its place in the blocks' outputs laid end to end;
             None where that is its own.
         spans: For the flash kernel, in place of blocks.
@@ -93,9 +131,24 @@ class PackedLayout:
     """
 
     blocks: tuple[Block, ...]
+    queries: _Cut | None = None
+    keys: _Cut | None = None
     restore_T: Tensor | None = None
     spans: Spans | None = None
     ending: "PackedLayout | None" = None
+
+    @classmethod
+    def of_blocks(
+        cls, blocks: Sequence[Block], *, num_tokens: int, restore_T: Tensor | None = None
+    ) -> "PackedLayout":
+        """Of a row of `num_tokens`, all in some block."""
+        starts = [block.start for block in blocks]
+        queries = keys = _Cut.of([block.index_BL for block in blocks], starts, num_tokens)
+        if any(block.keys_BS is not None for block in blocks):
+            looked_at = [b.index_BL if b.keys_BS is None else b.keys_BS for b in blocks]
+            starts = [b.start if b.keys_BS is None else None for b in blocks]
+            keys = _Cut.of(looked_at, starts, num_tokens)
+        return cls(tuple(blocks), queries, keys, restore_T)
 
     @classmethod
     def of_lengths(
@@ -135,7 +188,8 @@ class PackedLayout:
             )
             restore_T[places_S[mine]] = done + torch.arange(len(mine), device=row_N.device)
             done += len(mine)
-        return replace(self, ending=PackedLayout(tuple(blocks), restore_T))
+        ending = PackedLayout.of_blocks(blocks, num_tokens=len(restore_T), restore_T=restore_T)
+        return replace(self, ending=ending)
 
 
 def best_kernel(device: torch.device, dtype: torch.dtype) -> Kernel:
@@ -182,7 +236,9 @@ def _layout_of_lengths(
     in_order = torch.equal(place_T, torch.arange(len(place_T)))
     restore_T = torch.empty(int(length_N.sum()), dtype=torch.long)
     restore_T[place_T[place_T >= 0]] = torch.nonzero(place_T >= 0).squeeze(1)
-    return PackedLayout(tuple(blocks), None if in_order else restore_T.to(device))
+    return PackedLayout.of_blocks(
+        blocks, num_tokens=len(restore_T), restore_T=None if in_order else restore_T.to(device)
+    )
 
 
 def _runs(lengths: Sequence[int]) -> tuple[list[list[int]], list[int]]:
@@ -239,20 +295,25 @@ def packed_attention(
         layout = layout.ending
     if layout.spans is not None:
         return _by_spans(layout.spans, query, key, value, scaling)[None], None
+    assert layout.queries is not None and layout.keys is not None
+    queries = layout.queries(query.squeeze(0))
+    keys, values = layout.keys(key.squeeze(0)), layout.keys(value.squeeze(0))
     group = query.shape[1] // key.shape[1]
-    if group > 1 and query.device.type != "cpu":  # there only some kernels share keys among heads
-        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    repeated = group > 1 and query.device.type != "cpu"  # there only some kernels share keys among heads
     outputs = []
-    for block in layout.blocks:
+    for block, query_BHLD, key_BHSD, value_BHSD in zip(layout.blocks, queries, keys, values, strict=True):
+        if repeated:
+            key_BHSD = key_BHSD.repeat_interleave(group, dim=1)
+            value_BHSD = value_BHSD.repeat_interleave(group, dim=1)
         output_BHLD = F.scaled_dot_product_attention(
-            block.queries(query[0]),
-            block.keys(key[0]),
-            block.keys(value[0]),
+            query_BHLD,
+            key_BHSD,
+            value_BHSD,
             attn_mask=block.mask,
             is_causal=block.causal,
             dropout_p=dropout,
             scale=scaling,
-            enable_gqa=key.shape[1] < query.shape[1],
+            enable_gqa=group > 1 and not repeated,
         )
         outputs.append(output_BHLD.transpose(1, 2).flatten(0, 1))
     packed_THD = torch.cat(outputs) if len(outputs) > 1 else outputs[0]

@@ -372,7 +372,7 @@ def _layout(trees: Sequence[Tree], device: torch.device) -> PackedLayout:
         )
         assert index_BL is not None
         blocks.append(Block(index_BL=index_BL, mask=mask, causal=mask is None, keys_BS=keys_BS))
-    return PackedLayout(blocks=tuple(blocks), restore_T=torch.from_numpy(restore_T).to(device))
+    return PackedLayout.of_blocks(blocks, num_tokens=start, restore_T=torch.from_numpy(restore_T).to(device))
 
 
 def _alike(spans: Sequence[_Span]) -> list[list[_Span]]:
