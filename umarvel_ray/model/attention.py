@@ -52,7 +52,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """How the row of tokens is cut for its blocks: all in one go, since a cut's gradient is as large as the row.
+    """How the row of tokens is cut for its blocks: in one go, as each cut's gradient is as large as the row.
 
     Attributes:
         shapes: For each block (items, tokens of each).
