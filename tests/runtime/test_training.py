@@ -95,6 +95,7 @@ def test_a_killed_worker_costs_no_step(tiny: TinyRun, ray_session, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_lost_node_is_done_without(tiny: TinyRun, tmp_path):
     """Two nodes, one killed: the other goes on alone with the same global batches, to the same loss."""
     long = {"num_steps": 30, "save_every": 2}

@@ -7,6 +7,7 @@ tokens, D width, T tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -108,7 +109,7 @@ class Qwen2VL:
     def _plan(self, tower: Any, grid_thw: Tensor, pixels: Tensor) -> dict[str, Any]:
         """Keywords that spare the tower questions to the device; none where Transformers knows none."""
         try:
-            from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
+            from transformers.vision_utils import get_vision_cu_seqlens
         except ImportError:
             return {}
         bounds = get_vision_cu_seqlens(grid_thw)
@@ -116,7 +117,9 @@ class Qwen2VL:
         return {
             "cu_seqlens": on_device,
             "max_seqlen": int(torch.diff(bounds).max()),
-            "position_ids": get_vision_position_ids(grid_thw, self.merge_size).to(pixels.device),
+            "position_ids": torch.cat(
+                [_patch_positions(tuple(grid), self.merge_size) for grid in grid_thw.tolist()]
+            ).to(pixels.device),
             "tower_layouts": ((on_device, layout),),
         }
 
@@ -129,6 +132,15 @@ class Qwen2VL:
     def decoder_inputs(self, is_vision_NT: Tensor, features: VisionFeatures | None) -> dict[str, Any]:
         """What the decoder wants besides embeddings and positions, for rows of tokens."""
         return {}
+
+
+@lru_cache(maxsize=1024)
+@torch.inference_mode(False)  # what is kept serves training too, whoever asks first
+def _patch_positions(grid: Grid, merge_size: int) -> Tensor:
+    """Row and column of each patch of a picture, (P, 2); most pictures of a pool are of few sizes."""
+    from transformers.vision_utils import get_vision_position_ids
+
+    return get_vision_position_ids(torch.tensor([grid]), merge_size)
 
 
 class Qwen25VL(Qwen2VL):

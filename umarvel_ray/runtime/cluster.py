@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, Self
 
-from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from umarvel_ray import logs
 from umarvel_ray.config import Config
@@ -59,8 +59,9 @@ class RuntimeSettings(Config):
     max_actors: PositiveInt | None = None
     """Up to which a pool that embeds or re-ranks may grow while there is work and the cluster has room; it
     shrinks to `num_actors` when there is less. None: it stays at `num_actors`."""
-    readers: PositiveInt = 2
-    """Windows read ahead for each shard under work, on any CPU of the cluster."""
+    readers: NonNegativeInt = 2
+    """Windows read ahead for each shard under work, on any CPU of the cluster. 0: an encoder reads for itself,
+    which is quicker where it computes on the CPU that readers would take."""
     cpus: PositiveInt = 1
     """CPUs of one worker or actor."""
     gpus: NonNegativeFloat = 0

@@ -165,7 +165,7 @@ def embed_stores(
     # Short shards come last: no encoder starts a long one when the others are done.
     tasks.sort(key=lambda task: -len(task.own_rows))
     read = None
-    if runtime.kind == "ray" and model.builder is not None:
+    if runtime.kind == "ray" and model.builder is not None and runtime.readers:
         read = _ReadAhead(model.builder, runtime.readers)
     progress.started = time.perf_counter()
     for answer in run_pool(
