@@ -145,7 +145,7 @@ class Process:
             ],
         ),
         (
-            "ray",  # each start costs half a minute there, so one kill; of training workers: runtime/test_training
+            "ray",  # one kill, since each start costs half a minute there
             [("embed/instruct/*/*/*/shard-00000.arrow", "embed/instruct")],
         ),
     ],

@@ -60,8 +60,8 @@ class RuntimeSettings(Config):
     """Up to which a pool that embeds or re-ranks may grow while there is work and the cluster has room; it
     shrinks to `num_actors` when there is less. None: it stays at `num_actors`."""
     readers: NonNegativeInt = 2
-    """Windows read ahead for each shard under work, on any CPU of the cluster. 0: an encoder reads for itself,
-    which is quicker where it computes on the CPU that readers would take."""
+    """Windows read ahead for each shard under work, on any CPU of the cluster. 0: an encoder reads for
+    itself, which is quicker where it computes on the CPU that readers would take."""
     cpus: PositiveInt = 1
     """CPUs of one worker or actor."""
     gpus: NonNegativeFloat = 0
