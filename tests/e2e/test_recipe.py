@@ -23,6 +23,7 @@ def files_of(output: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_from_start_to_report(finished):
     settings, view = finished
     output = Path(settings.output)
@@ -42,6 +43,7 @@ def test_from_start_to_report(finished):
         assert sum(line.split()[:1] == [task] for line in view.lines) == 2  # local and global
 
 
+@pytest.mark.slow
 def test_the_controls_start_and_are_fed_as_they_should(finished):
     """Nothing but the part under test differs from the stage that a control stands beside."""
     settings, _ = finished
@@ -68,6 +70,7 @@ def test_the_controls_start_and_are_fed_as_they_should(finished):
     assert len(set(first.values())) == 4
 
 
+@pytest.mark.slow
 def test_a_second_run_redoes_nothing(finished):
     settings, _ = finished
     before = files_of(Path(settings.output))
@@ -79,6 +82,7 @@ def test_a_second_run_redoes_nothing(finished):
     assert sum(line.endswith("finished before") for line in view.lines) == len(jobs)
 
 
+@pytest.mark.slow
 def test_one_job_that_is_lost_is_made_again_as_it_was(finished):
     """The others stay; what it writes again is the same to the byte."""
     settings, _ = finished

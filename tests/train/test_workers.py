@@ -152,7 +152,8 @@ def run_workers(world: int, backbone: str, pictures: dict[str, str], folder: Pat
     )
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_workers_give_the_steps_of_one_process_with_all_lanes(backbone, pictures, tmp_path: Path, world):
     context = run_workers(world, backbone, pictures, tmp_path, ["ddp"])
     plain = StrategySettings()
