@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -103,13 +103,13 @@ def test_one_job_that_is_lost_is_made_again_as_it_was(finished):
 class Process:
     """`umarvel run` in a process group of its own."""
 
-    def __init__(self, tiny: TinyRun, output: Path, kind: str) -> None:
+    def __init__(self, tiny: TinyRun, output: Path, kind: str, columns: Sequence[str]) -> None:
         command = [sys.executable, "-m", "umarvel_ray.cli", "run", str(tiny.config)]
         self._log = output.with_suffix(".log")
         self.left: list[psutil.Process] = []
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
-                [*command, f"output={output}", f"runtime.kind={kind}"],
+                [*command, f"output={output}", f"runtime.kind={kind}", f"columns=[{', '.join(columns)}]"],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -136,10 +136,11 @@ class Process:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "moments"),
+    ("kind", "columns", "moments"),
     [
         (
             "local",
+            COLUMNS,
             [
                 ("train/instruct/states/step-000002/state.json", "train/instruct"),
                 ("embed/instruct/*/*/*/shard-00000.arrow", "embed/instruct"),
@@ -149,24 +150,26 @@ class Process:
             ],
         ),
         (
-            "ray",  # one kill, since each start costs half a minute there
+            # One kill, half the recipe: each start takes its time there. All of it on Ray: marker `cluster`.
+            "ray",
+            ("instruct", "hard"),
             [("embed/instruct/*/*/*/shard-00000.arrow", "embed/instruct")],
         ),
     ],
 )
-def test_killed_and_started_again_ends_as_if_undisturbed(finished, tiny, kind, moments):
+def test_killed_and_started_again_ends_as_if_undisturbed(finished, tiny, kind, columns, moments):
     """And what two workers and two actors on Ray give is what one process gives."""
     output = tiny.home / f"killed_{kind}"
     kept: dict[Path, int] = {}
     left: list[psutil.Process] = []
     for pattern, unfinished in moments:
-        process = Process(tiny, output, kind)
+        process = Process(tiny, output, kind, columns)
         process.kill_when(lambda pattern=pattern: any(output.glob(pattern)))
         assert not is_finished(output / unfinished), f"killed too late for {unfinished}"
         left += process.left
         kept |= {path: path.stat().st_mtime_ns for path in output.glob("*/*/done.json")}
-    log = Process(tiny, output, kind).end()
-    require_equal(output, Path(finished[0].output))
+    log = Process(tiny, output, kind, columns).end()
+    require_equal(output, Path(finished[0].output), columns)
     assert len(kept) >= 2
     for path, written in kept.items():
         assert path.stat().st_mtime_ns == written, f"{path} was written again"
