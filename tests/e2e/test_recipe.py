@@ -134,6 +134,10 @@ class Process:
         return self._log.read_text()
 
 
+_TRAINING = ("train/instruct/states/step-000002/state.json", "train/instruct")
+_EMBEDDING = ("embed/instruct/*/*/*/shard-00000.arrow", "embed/instruct")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "columns", "moments"),
@@ -142,24 +146,21 @@ class Process:
             "local",
             COLUMNS,
             [
-                ("train/instruct/states/step-000002/state.json", "train/instruct"),
-                ("embed/instruct/*/*/*/shard-00000.arrow", "embed/instruct"),
+                _TRAINING,
+                _EMBEDDING,
                 ("evaluate/instruct/done.json", "train/hard"),
                 ("train/reranker/states/step-000002/state.json", "train/reranker"),
                 ("rerank/reranked/parts/*/*/00000.arrow", "rerank/reranked"),
             ],
         ),
-        (
-            # One kill, half the recipe: each start takes its time there. All of it on Ray: marker `cluster`.
-            "ray",
-            ("instruct", "hard"),
-            [("embed/instruct/*/*/*/shard-00000.arrow", "embed/instruct")],
-        ),
+        # Each start takes its time on Ray: half the recipe here, all of it with the tests of clusters.
+        ("ray", ("instruct", "hard"), [_EMBEDDING]),
+        pytest.param("ray", COLUMNS, [_TRAINING, _EMBEDDING], marks=pytest.mark.cluster),
     ],
 )
 def test_killed_and_started_again_ends_as_if_undisturbed(finished, tiny, kind, columns, moments):
     """And what two workers and two actors on Ray give is what one process gives."""
-    output = tiny.home / f"killed_{kind}"
+    output = tiny.home / f"killed_{kind}_{len(columns)}"
     kept: dict[Path, int] = {}
     left: list[psutil.Process] = []
     for pattern, unfinished in moments:

@@ -62,7 +62,6 @@ def test_the_command_converts(tmp_path, files, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_filters_are_explained_without_claiming_the_output(finished: tuple[RunConfig, Lines], tmp_path: Path):
     folder = next((Path(finished[0].output) / "mine").iterdir())
     job = json.loads((folder / "job.json").read_text())

@@ -211,6 +211,13 @@ def test_encoders_that_hold_every_cpu_read_for_themselves(by_value, tmp_path, mo
     assert progress.rows_done == 40
 
 
+def test_encoders_told_to_read_for_themselves_write_the_same_bytes(undisturbed, by_value, tmp_path):
+    home, expected = undisturbed
+    config = embed_config(home, [home / "pool.jsonl"], tmp_path / "out")
+    embed_stores(plan_stores(config), stub_model(), config, RuntimeSettings(num_actors=2, readers=0))
+    assert content(config) == expected
+
+
 def test_a_bad_row_stops_the_run_on_ray_and_is_named(by_value, tmp_path):
     pool = write_texts(tmp_path / "pool.jsonl", 40)
     with pool.open("a") as file:

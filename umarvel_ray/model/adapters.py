@@ -110,6 +110,8 @@ class Qwen2VL:
         """Keywords that spare the tower questions to the device; none where Transformers knows none."""
         try:
             from transformers.vision_utils import get_vision_cu_seqlens
+
+            positions = [_patch_positions(tuple(grid), self.merge_size) for grid in grid_thw.tolist()]
         except ImportError:
             return {}
         bounds = get_vision_cu_seqlens(grid_thw)
@@ -117,9 +119,7 @@ class Qwen2VL:
         return {
             "cu_seqlens": on_device,
             "max_seqlen": int(torch.diff(bounds).max()),
-            "position_ids": torch.cat(
-                [_patch_positions(tuple(grid), self.merge_size) for grid in grid_thw.tolist()]
-            ).to(pixels.device),
+            "position_ids": torch.cat(positions).to(pixels.device),
             "tower_layouts": ((on_device, layout),),
         }
 
