@@ -103,13 +103,13 @@ def test_one_job_that_is_lost_is_made_again_as_it_was(finished):
 class Process:
     """`umarvel run` in a process group of its own."""
 
-    def __init__(self, tiny: TinyRun, output: Path, kind: str, columns: Sequence[str]) -> None:
+    def __init__(self, tiny: TinyRun, output: Path, runtime: str, columns: Sequence[str]) -> None:
         command = [sys.executable, "-m", "umarvel_ray.cli", "run", str(tiny.config)]
         self._log = output.with_suffix(".log")
         self.left: list[psutil.Process] = []
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
-                [*command, f"output={output}", f"runtime.kind={kind}", f"columns=[{', '.join(columns)}]"],
+                [*command, f"output={output}", f"runtime={runtime}", f"columns=[{', '.join(columns)}]"],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -140,10 +140,10 @@ _EMBEDDING = ("embed/instruct/*/*/*/shard-00000.arrow", "embed/instruct")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "columns", "moments"),
+    ("runtime", "columns", "moments"),
     [
         (
-            "local",
+            "{kind: local}",
             COLUMNS,
             [
                 _TRAINING,
@@ -154,22 +154,23 @@ _EMBEDDING = ("embed/instruct/*/*/*/shard-00000.arrow", "embed/instruct")
             ],
         ),
         # Each start takes its time on Ray: half the recipe here, all of it with the tests of clusters.
-        ("ray", ("instruct", "hard"), [_EMBEDDING]),
-        pytest.param("ray", COLUMNS, [_TRAINING, _EMBEDDING], marks=pytest.mark.cluster),
+        ("{kind: ray, readers: 0}", ("instruct", "hard"), [_EMBEDDING]),
+        pytest.param("{kind: ray}", COLUMNS, [_TRAINING, _EMBEDDING], marks=pytest.mark.cluster),
     ],
+    ids=["local", "ray", "ray whole"],
 )
-def test_killed_and_started_again_ends_as_if_undisturbed(finished, tiny, kind, columns, moments):
+def test_killed_and_started_again_ends_as_if_undisturbed(finished, tiny, tmp_path, runtime, columns, moments):
     """And what two workers and two actors on Ray give is what one process gives."""
-    output = tiny.home / f"killed_{kind}_{len(columns)}"
+    output = tmp_path / "run"
     kept: dict[Path, int] = {}
     left: list[psutil.Process] = []
     for pattern, unfinished in moments:
-        process = Process(tiny, output, kind, columns)
+        process = Process(tiny, output, runtime, columns)
         process.kill_when(lambda pattern=pattern: any(output.glob(pattern)))
         assert not is_finished(output / unfinished), f"killed too late for {unfinished}"
         left += process.left
         kept |= {path: path.stat().st_mtime_ns for path in output.glob("*/*/done.json")}
-    log = Process(tiny, output, kind, columns).end()
+    log = Process(tiny, output, runtime, columns).end()
     require_equal(output, Path(finished[0].output), columns)
     assert len(kept) >= 2
     for path, written in kept.items():

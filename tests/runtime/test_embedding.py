@@ -201,13 +201,13 @@ def test_more_actors_than_fit_are_refused_in_one_line(ray_session):
 
 
 def test_encoders_that_hold_every_cpu_read_for_themselves(by_value, tmp_path, monkeypatch):
-    """Eight actors on eight CPUs leave none for readers: both would wait for ever."""
+    """Two actors of four of the eight CPUs leave none for readers: both would wait for ever."""
     from umarvel_ray.runtime import embedding
 
     monkeypatch.setattr(embedding, "_PATIENCE_S", 1.0)
     pool = write_texts(tmp_path / "pool.jsonl", 40)
     config = embed_config(tmp_path, [pool], tmp_path / "out", duplicates="each")
-    progress = embed_stores(plan_stores(config), stub_model(), config, RuntimeSettings(num_actors=8))
+    progress = embed_stores(plan_stores(config), stub_model(), config, RuntimeSettings(num_actors=2, cpus=4))
     assert progress.rows_done == 40
 
 

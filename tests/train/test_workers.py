@@ -4,6 +4,7 @@
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ STRATEGIES = {
     **{f"zero{stage}": StrategySettings(kind="deepspeed", zero_stage=stage) for stage in (1, 2, 3)},
     "offload": StrategySettings(kind="deepspeed", zero_stage=2, offload_optimizer=True),
 }
-FOUR = ["fsdp2", "zero1", "zero2", "zero3"]
+HALF = ["ddp half", "fsdp2 half", "zero2 half", "zero3 half"]
+NAMES = {2: ["ddp", *STRATEGIES, *HALF], 4: ["ddp", "fsdp2", "zero1", "zero2", "zero3"]}
+"""What groups of two and of four workers do."""
 NUM_STEPS = 2
 
 
@@ -146,24 +149,32 @@ def work(
     torch.distributed.destroy_process_group()
 
 
-def run_workers(world: int, backbone: str, pictures: dict[str, str], folder: Path, names: list[str]) -> Any:
-    return torch.multiprocessing.spawn(
-        work, (world, backbone, pictures, str(folder), names), nprocs=world, join=False
-    )
+@pytest.fixture(scope="module")
+def found_by(
+    backbone, pictures, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int, str, int], list[dict[str, Tensor]]]:
+    """(number of workers, strategy, rank) → what that worker found in each case. A group starts once: most of
+    its time is the start."""
+    folders: dict[int, Path] = {}
+
+    def found(world: int, name: str, rank: int) -> list[dict[str, Tensor]]:
+        if world not in folders:
+            folder = tmp_path_factory.mktemp(f"workers{world}")
+            arguments = (world, backbone, pictures, str(folder), NAMES[world])
+            torch.multiprocessing.spawn(work, arguments, nprocs=world)
+            folders[world] = folder
+        return torch.load(folders[world] / f"{name}-{rank}.pt", weights_only=True)
+
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-def test_workers_give_the_steps_of_one_process_with_all_lanes(backbone, pictures, tmp_path: Path, world):
-    context = run_workers(world, backbone, pictures, tmp_path, ["ddp"])
+def test_workers_give_the_steps_of_one_process_with_all_lanes(found_by, backbone, pictures, world):
     plain = StrategySettings()
     expected = [trained(backbone, pictures, Lanes(world), case, plain, dropout=0.2) for case in CASES]
-    while not context.join(timeout=60):
-        pass
     for rank in range(world):
-        for found, alone in zip(
-            torch.load(tmp_path / f"ddp-{rank}.pt", weights_only=True), expected, strict=True
-        ):
+        for found, alone in zip(found_by(world, "ddp", rank), expected, strict=True):
             assert found.keys() == alone.keys()
             differing = [name for name in alone if not torch.equal(found[name], alone[name])]
             assert not differing, (
@@ -175,20 +186,16 @@ def test_workers_give_the_steps_of_one_process_with_all_lanes(backbone, pictures
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "names"), [(2, list(STRATEGIES)), (4, FOUR)])
-def test_every_strategy_takes_the_steps_of_one_process(backbone, pictures, tmp_path: Path, world, names):
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_strategy_takes_the_steps_of_one_process(found_by, backbone, pictures, world):
     """First moments after two steps are 0.09 and 0.1 times the clipped gradients: equal moments are equal
     gradients, whatever shard they lie in. The one process has a single lane: the joined batch.
     """
-    context = run_workers(world, backbone, pictures, tmp_path, names)
     plain = StrategySettings()
     cases = CASES if world == 2 else FEW_CASES
     expected = [trained(backbone, pictures, Lanes(1), case, plain, dropout=0.0) for case in cases]
-    while not context.join(timeout=120):
-        pass
-    for name in names:
-        for number, alone in enumerate(expected):
-            found = torch.load(tmp_path / f"{name}-0.pt", weights_only=True)[number]
+    for name in (name for name in NAMES[world] if name in STRATEGIES):
+        for number, (found, alone) in enumerate(zip(found_by(world, name, 0), expected, strict=True)):
             wanted = {key: value for key, value in alone.items() if not key.startswith("grad/")}
             assert found.keys() == wanted.keys()
             for key, value in wanted.items():
@@ -203,17 +210,12 @@ def test_every_strategy_takes_the_steps_of_one_process(backbone, pictures, tmp_p
 
 
 @pytest.mark.slow
-def test_half_precision_keeps_float32_masters(backbone, pictures, tmp_path: Path):
+def test_half_precision_keeps_float32_masters(found_by, backbone, pictures):
     """Computed in bfloat16, near the float32 run; what is trained holds values that bfloat16 cannot."""
-    names = ["ddp half", "fsdp2 half", "zero2 half", "zero3 half"]
-    context = run_workers(2, backbone, pictures, tmp_path, names)
     plain = StrategySettings()
     expected = [trained(backbone, pictures, Lanes(1), case, plain, dropout=0.0) for case in HALF_CASES]
-    while not context.join(timeout=120):
-        pass
-    for name in names:
-        results = torch.load(tmp_path / f"{name}-0.pt", weights_only=True)
-        for number, (found, wanted) in enumerate(zip(results, expected, strict=True)):
+    for name in HALF:
+        for number, (found, wanted) in enumerate(zip(found_by(2, name, 0), expected, strict=True)):
             where = f"{name}, case {number}"
             assert found["loss0"].item() == pytest.approx(wanted["loss0"].item(), rel=0.1), where
             weights = {

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from umarvel_ray.errors import DataError
+from umarvel_ray.model.resampling import resized_patches
 from umarvel_ray.model.settings import ImageSettings
 from umarvel_ray.storage import is_remote, picture_bytes
 
@@ -115,22 +116,8 @@ def load_patches(
         )
     except DataError as error:
         raise DataError(f"{path}: {error}. Crop it or leave the record out.") from None
-    if (image.height, image.width) != (height, width):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    patches = cut_patches(image, patch_size=patch_size, merge_size=merge_size)
+    patches = resized_patches(image, height, width, patch_size=patch_size, merge_size=merge_size)
     return patches, (1, height // patch_size, width // patch_size)
-
-
-def cut_patches(image: Image.Image, *, patch_size: int, merge_size: int) -> np.ndarray:
-    """RGB → uint8 patches (P, 3·patch²), those of one image token together."""
-    unit = patch_size * merge_size
-    height, width = image.height // unit, image.width // unit
-    run = np.dtype((np.void, patch_size))  # a patch's part of a line of one band, copied as a whole
-    patches = np.empty((height, width, merge_size, merge_size, 3, patch_size), dtype=run)
-    for channel, band in enumerate(image.split()):
-        lines = np.asarray(band).view(run).reshape(height, merge_size, patch_size, width, merge_size)
-        patches[..., channel, :] = lines.transpose(0, 3, 1, 4, 2)
-    return patches.view(np.uint8).reshape(-1, 3 * patch_size * patch_size)
 
 
 @lru_cache(maxsize=8)

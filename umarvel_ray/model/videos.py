@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from umarvel_ray.errors import DataError
-from umarvel_ray.model.images import Grid, cut_patches, resized_size
+from umarvel_ray.model.images import Grid, resized_size
+from umarvel_ray.model.resampling import resized_patches
 from umarvel_ray.model.settings import VideoSettings
 
 
@@ -47,11 +48,7 @@ def load_video(
     except DataError as error:
         raise DataError(f"{path}: {error}. Crop it or leave the record out.") from None
     cut = [
-        cut_patches(
-            frame.resize((width, height), Image.Resampling.BICUBIC),
-            patch_size=patch_size,
-            merge_size=merge_size,
-        )
+        resized_patches(frame, height, width, patch_size=patch_size, merge_size=merge_size)
         for frame in frames
     ]
     area = patch_size * patch_size
