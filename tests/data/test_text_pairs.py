@@ -3,11 +3,13 @@
 import json
 import pickle
 
+import fsspec
 import pytest
 from PIL import Image
 
 from umarvel_ray.data.text_pairs import CaptionPairs, NliPairs, check_captions
 from umarvel_ray.errors import DataError
+from umarvel_ray.storage import RemotePath
 
 NLI = 'sent0,sent1,hard_neg\nNone,NA,null\n"A man, outside","He says ""hi""\non two lines",nan\n\nx,y,z\n'
 
@@ -132,6 +134,27 @@ def test_the_longest_tail_under_the_root_is_taken(tmp_path, images):
     assert CaptionPairs(path)[2].positive.img_path == str(tmp_path / "b" / "1.jpg")
     with pytest.raises(DataError, match="no such folder"):
         CaptionPairs(path, image_root=tmp_path / "nowhere")
+
+
+def test_in_object_storage_one_picture_answers_for_its_folder(tmp_path, monkeypatch):
+    """A question for each of half a million pictures would take hours."""
+    store = fsspec.filesystem("memory")
+    for name in ("b/1.jpg", "b/2.jpg", "3.jpg"):
+        store.pipe(f"/captions-test/{name}", b"a picture")
+    asked: list[str] = []
+    is_file = RemotePath.is_file
+    monkeypatch.setattr(RemotePath, "is_file", lambda path: (asked.append(str(path)), is_file(path))[1])
+    path = tmp_path / "train.jsonl"
+    names = ["/x/a/b/1.jpg", "/x/a/b/2.jpg", "/x/3.jpg", "/x/4.jpg", "/x/a/b/5.jpg"]
+    path.write_text("\n".join(json.dumps({"image": name, "caption": "c"}) for name in names))
+    pairs = CaptionPairs(path, image_root="memory://captions-test")
+    found = [str(pairs[row].positive.img_path) for row in range(5)]
+    assert found == [
+        f"memory://captions-test/{name}" for name in ("b/1.jpg", "b/2.jpg", "3.jpg", "4.jpg", "b/5.jpg")
+    ]
+    assert [name.rsplit("/", 1)[1] for name in asked] == ["1.jpg"] * 3 + ["3.jpg"] * 2
+    missing = check_captions(pairs, images="exists")
+    assert len(missing) == 1 and "2 " in missing[0] and "the image is missing" in missing[0]
 
 
 @pytest.mark.parametrize(

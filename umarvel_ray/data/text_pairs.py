@@ -15,7 +15,7 @@ from umarvel_ray.data.check import ImageCheck, image_fault
 from umarvel_ray.data.lines import Faults, JsonLines, RecordFault
 from umarvel_ray.data.records import Candidate, Query, TrainingPair
 from umarvel_ray.errors import DataError
-from umarvel_ray.storage import Place, at, join
+from umarvel_ray.storage import Place, at, is_remote, join
 
 
 class PairSource(Protocol):
@@ -161,6 +161,7 @@ class CaptionPairs:
         self.path = at(path)
         self._name = name
         self._image_root = None if image_root is None else at(image_root)
+        self._starts: dict[tuple[str, ...], int] = {}
         if self._image_root is not None and not self._image_root.is_dir():
             raise DataError(
                 f"{image_root}: no such folder. Give the folder that holds the pictures of {path}."
@@ -189,7 +190,7 @@ class CaptionPairs:
 
         Raises:
             DataError: A JSONL line lacks image or caption, or no file under `image_root` has the image's
-                name.
+                name; in object storage one picture of each folder is looked for.
         """
         try:
             return self.parse(row)
@@ -225,9 +226,15 @@ class CaptionPairs:
             return join(self.path.parent, image)
         # ".." is left out: a path of the file does not leave the root.
         parts = [part for part in PurePosixPath(image.replace("\\", "/")).parts if part not in ("/", "..")]
+        folder = tuple(parts[:-1])
+        if folder in self._starts:
+            return join(self._image_root, "/".join(parts[self._starts[folder] :]))
         for start in range(len(parts)):
             path = join(self._image_root, "/".join(parts[start:]))
             if at(path).is_file():
+                if is_remote(path):
+                    # There a question takes as long as a read: one picture answers for its folder.
+                    self._starts[folder] = start
                 return path
         raise RecordFault(
             "the image is missing",
