@@ -344,7 +344,7 @@ def test_ctrl_c_ends_with_one_line(tiny: TinyRun, tmp_path, kind):
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "umarvel_ray.cli", "run", str(tiny.config)),
-            *(f"output={output}", f"runtime.kind={kind}", "stages.text.train.num_steps=2000"),
+            *(f"output={output}", f"runtime={{kind: {kind}}}", "stages.text.train.num_steps=2000"),
         ],
         cwd=ROOT,
         stdout=subprocess.PIPE,

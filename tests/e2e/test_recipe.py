@@ -143,7 +143,7 @@ _EMBEDDING = ("embed/instruct/*/*/*/shard-00000.arrow", "embed/instruct")
     ("runtime", "columns", "moments"),
     [
         (
-            "{kind: local}",
+            "{kind: local, num_workers: 2}",
             COLUMNS,
             [
                 _TRAINING,
@@ -154,8 +154,13 @@ _EMBEDDING = ("embed/instruct/*/*/*/shard-00000.arrow", "embed/instruct")
             ],
         ),
         # Each start takes its time on Ray: half the recipe here, all of it with the tests of clusters.
-        ("{kind: ray, readers: 0}", ("instruct", "hard"), [_EMBEDDING]),
-        pytest.param("{kind: ray}", COLUMNS, [_TRAINING, _EMBEDDING], marks=pytest.mark.cluster),
+        ("{kind: ray, num_workers: 2, num_actors: 2, readers: 0}", ("instruct", "hard"), [_EMBEDDING]),
+        pytest.param(
+            "{kind: ray, num_workers: 2, num_actors: 2}",
+            COLUMNS,
+            [_TRAINING, _EMBEDDING],
+            marks=pytest.mark.cluster,
+        ),
     ],
     ids=["local", "ray", "ray whole"],
 )
