@@ -1,5 +1,8 @@
 """The compiled resize gives Pillow's pixels, to the bit, in the order of the patches."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -74,6 +77,16 @@ def test_small_pictures_and_those_that_fit_are_left_to_pillow(counted):
         found = resampling.resized_patches(image, height, width, patch_size=14, merge_size=2)
         assert np.array_equal(found, pillow(image, height, width, 14))
     assert not counted
+
+
+@pytest.mark.parametrize("fault", [ImportError("no such module"), RuntimeError("no locator available")])
+def test_without_numba_pillow_resizes(monkeypatch, fault):
+    def njit(**options):
+        raise fault
+
+    monkeypatch.delitem(sys.modules, "umarvel_ray.model.resampling_kernel", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", SimpleNamespace(njit=njit))
+    assert resampling._kernel.__wrapped__() is None
 
 
 def test_a_pillow_that_computes_otherwise_is_believed(monkeypatch):

@@ -73,8 +73,8 @@ def _resampled(resample: Callable[..., Any], image: Image.Image, height: int, wi
 def _kernel() -> Callable[..., Any] | None:
     try:
         from umarvel_ray.model.resampling_kernel import resample
-    except ImportError:
-        return None
+    except (ImportError, RuntimeError):
+        return None  # no Numba; or no folder where it may keep what it compiles
     # Where a version of Pillow computes otherwise, its own pixels are the ones that count.
     rng = np.random.default_rng(0)
     for old_height, old_width, height, width in _TRIALS:
