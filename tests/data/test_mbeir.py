@@ -3,6 +3,7 @@
 import json
 import pickle
 
+import fsspec
 import pytest
 from PIL import Image
 
@@ -24,6 +25,7 @@ from umarvel_ray.data.mbeir import (
 from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.data.trec import write_qrels
 from umarvel_ray.errors import DataError
+from umarvel_ray.storage import RemotePath
 
 COCO, OVEN = TASK_BY_NAME["mscoco_task0"], TASK_BY_NAME["oven_task6"]
 
@@ -227,6 +229,27 @@ def test_twins_share_their_content_key(root):
     (root / "mbeir_images" / "boat.jpg").unlink()
     with pytest.raises(DataError, match=r"boat.jpg: the image of 9:3 cannot be read"):
         pool.content_key(2)
+
+
+def test_in_object_storage_a_key_costs_a_read_and_nothing_else(root, tmp_path, monkeypatch):
+    """The same key as on a disk; a picture is fetched once, and no store is asked for its size."""
+    monkeypatch.setenv("UMARVEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(RemotePath, "_info", lambda path: pytest.fail(f"asked for {path}"))
+    fetched: list[str] = []
+    read_bytes = RemotePath.read_bytes
+    monkeypatch.setattr(
+        RemotePath, "read_bytes", lambda path: (fetched.append(path.name), read_bytes(path))[1]
+    )
+    picture = root / "mbeir_images" / "kite.jpg"
+    fsspec.filesystem("memory").pipe("/keys-test/kite.jpg", picture.read_bytes())
+    here, there = (
+        Candidate(did=f"9:{n}", img_path=path)
+        for n, path in enumerate([str(picture), "memory://keys-test/kite.jpg"])
+    )
+    assert content_key(here) == content_key(there) == content_key(there)
+    assert fetched == ["kite.jpg"]
+    with pytest.raises(DataError, match=r"memory://keys-test/none.jpg: the image of 9:2 cannot be read"):
+        content_key(Candidate(did="9:2", img_path="memory://keys-test/none.jpg"))
 
 
 def test_instructions_are_chosen_by_qid_and_seed(root):

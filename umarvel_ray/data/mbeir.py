@@ -221,9 +221,17 @@ def read_query(record: dict[str, Any], root: Place, line: int) -> "QueryRecord":
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _image_digest(path: str, size: int, mtime_ns: int) -> bytes:
-    """Size and time are part of the key, so a picture that was replaced is read again."""
+def _image_digest(path: str, version: tuple[int, int] | None) -> bytes:
     return hashlib.sha256(picture_bytes(path)).digest()
+
+
+def _image_version(path: str) -> tuple[int, int] | None:
+    """Size and time, so that a picture that was replaced is read again. None in object storage, where a name
+    stands for one content (`cache.kept_bytes`) and a question costs as much as a read."""
+    if is_remote(path):
+        return None
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 def content_key(record: Query | Candidate) -> bytes:
@@ -237,8 +245,8 @@ def content_key(record: Query | Candidate) -> bytes:
         digest.update(b"text\0" + record.txt.encode("utf-8", "surrogatepass"))
     if record.img_path:
         try:
-            status = at(record.img_path).stat()
-            digest.update(b"\0image\0" + _image_digest(record.img_path, status.st_size, status.st_mtime_ns))
+            version = _image_version(record.img_path)
+            digest.update(b"\0image\0" + _image_digest(record.img_path, version))
         except OSError as error:
             name = record.qid if isinstance(record, Query) else record.did
             raise DataError(
