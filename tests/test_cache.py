@@ -8,6 +8,7 @@ import pytest
 
 from umarvel_ray import cache, storage
 from umarvel_ray.cache import cache_folder, kept_bytes, make_room
+from umarvel_ray.data.lines import JsonLines
 from umarvel_ray.storage import RemotePath, local_file, local_folder, picture_bytes
 
 MIB = 2**20
@@ -129,13 +130,25 @@ def test_whole_objects_and_pictures_share_the_limit(bucket, kept, monkeypatch):
     paths = []
     for number, shard in enumerate(shards):
         paths.append(local_file(shard))
-        os.utime(paths[-1], (time.time() - 1000 + number,) * 2)
+        os.utime(paths[-1].parent, (time.time() - 1000 + number,) * 2)
     assert paths[-1].read_bytes() == b"\3" * 4 * MIB
     assert [path.exists() for path in paths] == [False, False, True, True]
     assert held() < 10 * MIB
     assert local_file(shards[0]).read_bytes() == bytes(4 * MIB)  # fetched again
     monkeypatch.setattr(RemotePath, "read_bytes", lambda self: pytest.fail("it was kept"))
     assert picture_bytes(picture) == b"picture"
+
+
+def test_lines_that_are_opened_again_keep_their_index(bucket, monkeypatch):
+    """A copy's age is part of its index's name: using the copy must not make it younger."""
+    pool = bucket("pool.jsonl", b'{"did": "9:1"}\n{"did": "9:2"}\n')
+    copy = JsonLines(pool)
+    (kept_in,) = local_file(pool).parent.glob(".*.index")
+    before = sorted(path.name for path in kept_in.iterdir())
+    time.sleep(0.01)
+    monkeypatch.setattr("umarvel_ray.data.lines._scan", lambda file: pytest.fail("indexed again"))
+    assert JsonLines(pool)[1] == copy[1] == {"did": "9:2"}
+    assert sorted(path.name for path in kept_in.iterdir()) == before
 
 
 def test_what_another_process_is_fetching_stays(bucket, kept):

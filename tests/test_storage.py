@@ -151,7 +151,7 @@ def test_the_cache_drops_what_was_not_used_longest(bucket, monkeypatch, tmp_path
     assert (model / "weights").read_bytes() == b"w" * 100
     import os
 
-    os.utime(model, (1, 1))
+    os.utime(model.parent, (1, 1))
     second = local_file(bucket / "b")
     assert first.exists() and second.exists() and not model.exists()
     assert (local_folder(bucket / "model") / "weights").read_bytes() == b"w" * 100

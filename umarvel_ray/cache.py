@@ -122,12 +122,11 @@ def _entries(keep: Path | None) -> Iterator[tuple[float, int, Path]]:
     objects, contents = cache_folder() / "objects", cache_folder() / "contents"
     for folder in objects.iterdir() if objects.is_dir() else ():
         found = [path for path in folder.iterdir() if path.name != ".lock"]
-        used = max((path.stat().st_mtime for path in found), default=0.0)
-        in_work = any(path.suffix == ".tmp" for path in found) and now - used < _ABANDONED_S
+        in_work = any(path.suffix == ".tmp" and now - path.stat().st_mtime < _ABANDONED_S for path in found)
         if folder == keep or not found or in_work:
             continue
         files = [path for top in found for path in (top, *top.rglob("*")) if path.is_file()]
-        yield used, sum(path.stat().st_size for path in files), folder
+        yield folder.stat().st_mtime, sum(path.stat().st_size for path in files), folder
     for folder in contents.iterdir() if contents.is_dir() else ():
         for entry in os.scandir(folder):
             with suppress(FileNotFoundError):

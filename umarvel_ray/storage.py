@@ -300,7 +300,7 @@ def local_file(path: str | os.PathLike) -> Path:
     status = found.stat()
     target = cache_folder() / "objects" / _key_of(found, {"": status}) / found.name
     if target.is_file():
-        os.utime(target)  # used: among the last to be dropped
+        os.utime(target.parent)  # used: among the last to be dropped; its own time names what was made of it
         return target
     with _locked(target.parent):
         if not target.is_file():
@@ -328,7 +328,7 @@ def local_folder(path: str | os.PathLike) -> Path:
     files = found.files()
     target = cache_folder() / "objects" / _key_of(found, files) / (found.name or "root")
     if target.is_dir():
-        os.utime(target)
+        os.utime(target.parent)
         return target
     with _locked(target.parent):
         if not target.is_dir():
