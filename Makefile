@@ -35,7 +35,7 @@ test: $(READY) ## all tests but those of whole clusters and those that need a GP
 test-cluster: $(READY) ## whole runs on clusters of several nodes and on object storage, minutes each
 	@$(BIN)/python -m pytest -m cluster $(ARGS)
 
-test-fast: $(READY) ## the tests that take no Ray and no whole run, in about two minutes
+test-fast: $(READY) ## the tests that take no Ray and no whole run, in a minute and a half
 	@$(FAST) $(ARGS)
 
 check: style test-fast ## what a change must pass: format, lint, types, fast tests

@@ -338,7 +338,8 @@ def test_a_vector_that_is_not_finite_is_refused_by_search(capsys, tiny: TinyRun,
     assert "(first: 9:9 is not finite)" in line
 
 
-@pytest.mark.parametrize("kind", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["local", "ray"])
 def test_ctrl_c_ends_with_one_line(tiny: TinyRun, tmp_path, kind):
     output = tmp_path / "run"
     process = subprocess.Popen(

@@ -143,6 +143,7 @@ def test_the_readmes_own_data_is_without_fault(tmp_path):
     assert check_mbeir(tmp_path / "my_data", splits=["test"], images="decode") == []
 
 
+@pytest.mark.slow
 def test_the_readmes_python_runs_as_written(tmp_path, monkeypatch):
     from umarvel_ray import Encoder, Reranker
     from umarvel_ray.demo.backbone import BackboneConfig, make_backbone

@@ -41,6 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_same_settings_same_bytes_however_many_draw(world, tmp_path):
     drawn = []
     make_world(

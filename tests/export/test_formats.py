@@ -71,6 +71,7 @@ def test_transformers_alone_embeds_the_same(checkpoints, mixed_records, tmp_path
     assert "umarvel" not in json.dumps(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_alone_puts_both_stages_on_the_first_backbone(
     backbones, checkpoints, mixed_records, tmp_path, kind
@@ -142,6 +143,7 @@ def test_sentence_transformers_alone_embeds_the_same(checkpoints, plain, tmp_pat
             np.testing.assert_allclose(found[f"{kind} texts"], embed(checkpoint, texts).numpy(), **SAME)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -91,6 +91,7 @@ def test_stored_vectors_runs_and_plain_matrices_give_the_same_figures(from_model
             assert result["num_queries" if "num_queries" in result else "pool_size"] == result["pool_size"]
 
 
+@pytest.mark.slow
 def test_the_mean_over_all_instructions_has_its_spread(from_model, tiny, tmp_path):
     document = run(
         tmp_path / "all",
@@ -175,6 +176,7 @@ def test_own_data_needs_two_files_and_a_folder(tiny, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_stranger_compares_clip_with_ours_by_two_commands(from_model, tiny, tmp_path, capsys):
     """The README's, on the tiny world: a CLIP folder is evaluated, then both stand on one page."""
     from umarvel_ray.cli import main

@@ -51,6 +51,7 @@ def whole(tiny: TinyRun) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_parts_make_what_the_whole_makes(tiny, whole, tmp_path):
     """In any order, one of them twice."""
     config = embedding(tiny, tmp_path / "parts")

@@ -64,7 +64,7 @@ def metrics(output: str) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("num_lanes", [1, 2])
+@pytest.mark.parametrize("num_lanes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_stopped_and_resumed_is_never_stopped(backbone, tmp_path, num_lanes):
     """Six steps over two epochs, a state every three; killed in the fourth and once more in the sixth."""
     write_nli(tmp_path)
@@ -95,6 +95,7 @@ def test_stopped_and_resumed_is_never_stopped(backbone, tmp_path, num_lanes):
     assert settings[0] == settings[1]
 
 
+@pytest.mark.slow
 def test_a_finished_stage_learned_and_stays_as_it_is(backbone, tmp_path):
     write_nli(tmp_path)
     config = stage(backbone, tmp_path, "out", num_steps=8, learning_rate=0.02)
