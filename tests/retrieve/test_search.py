@@ -64,9 +64,9 @@ def test_many_tiles_pass_over_most_candidates_and_still_agree():
 
 @pytest.mark.parametrize("first_pass", PASSES)
 def test_how_it_is_cut_does_not_move_a_bit(first_pass):
-    candidates, queries = pool("duplicated", 201, 40), random_unit(23, 40, seed=6)
+    candidates, queries = pool("duplicated", 501, 40), random_unit(23, 40, seed=6)
     whole = top_k(queries, candidates, 30, first_pass="float32")
-    for num_blocks, query_rows, tile_columns in ((1, 4, 64), (9, 23, 17), (201, 7, 8192)):
+    for num_blocks, query_rows, tile_columns in ((1, 4, 64), (9, 23, 17), (501, 7, 8192)):
         blocks = (block for block in np.array_split(candidates, num_blocks))
         cut = top_k(
             queries, blocks, 30, first_pass=first_pass, query_rows=query_rows, tile_columns=tile_columns

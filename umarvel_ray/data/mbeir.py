@@ -222,6 +222,7 @@ def read_query(record: dict[str, Any], root: Place, line: int) -> "QueryRecord":
 
 @functools.lru_cache(maxsize=1 << 16)
 def _image_digest(path: str, version: tuple[int, int] | None) -> bytes:
+    """Anew for each version of the picture."""
     return hashlib.sha256(picture_bytes(path)).digest()
 
 

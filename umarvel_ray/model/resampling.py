@@ -1,6 +1,6 @@
 """Picture → uint8 patches at another size: Pillow's bicubic filter to the bit, and the cut into patches.
 
-With Numba (extra `compiled`) both are one pass in vector instructions; without it, and for pictures too small
+With Numba (extra `compiled`) the filter runs in vector instructions; without it, and for pictures too small
 to matter, Pillow resizes.
 """
 
@@ -34,10 +34,10 @@ def resized_patches(
     Returns:
         uint8 patches (P, 3·patch²), those of one image token together.
     """
-    is_worth_it = image.height * image.width >= _LEAST_PIXELS and _goes_along_first(image, height, width)
+    suits_kernel = image.height * image.width >= _LEAST_PIXELS and _goes_along_first(image, height, width)
     if (image.height, image.width) == (height, width):
         bands = _bands(image)
-    elif is_worth_it and (resample := _kernel()) is not None:
+    elif suits_kernel and (resample := _kernel()) is not None:
         bands = _resampled(resample, image, height, width)
     else:
         bands = _bands(image.resize((width, height), Image.Resampling.BICUBIC))
@@ -104,9 +104,7 @@ def _weights(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
         row = [_bicubic((old_place - centre + 0.5) * (1 / stretch)) for old_place in range(start, stop)]
         share = 1 / reduce(operator.add, row)  # not `sum`, which is more exact in newer Pythons than in C
         first[place] = start
-        rows.append(
-            [math.floor(abs(w * share) * 2**FRACTION_BITS + 0.5) * (1 if w >= 0 else -1) for w in row]
-        )
+        rows.append([_rounded(weight * share * 2**FRACTION_BITS) for weight in row])
     most = max(map(len, rows))
     taps = np.zeros((new, most + most % 2), dtype=np.int32)
     for place, row in enumerate(rows):

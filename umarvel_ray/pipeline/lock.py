@@ -6,7 +6,6 @@ folder is taken over. Nothing has to be cleaned up after a kill, and no two mach
 time.
 """
 
-import _thread
 import getpass
 import os
 import signal
@@ -207,20 +206,13 @@ class _Heart:
                 found = _read(self._where)
                 if found.get("token") not in (None, self._mine["token"]):
                     self.lost = name_of(found)
-                    _interrupt_main()
+                    # Ctrl-C itself: a signal wakes the main thread from a wait; `interrupt_main` is seen after it.
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
                 beat += 1
                 _write(self._where, self._mine, since=self._since, beat=beat)
             except (OSError, OutputError):
                 continue  # storage that is away for a beat; the work itself will say if it stays away
-
-
-def _interrupt_main() -> None:
-    """As Ctrl-C does; a signal wakes the main thread from a wait, a note alone would be read after it."""
-    if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-    else:
-        _thread.interrupt_main()
 
 
 def _read(where: Place) -> dict[str, Any]:
