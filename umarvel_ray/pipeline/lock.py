@@ -206,7 +206,7 @@ class _Heart:
                 found = _read(self._where)
                 if found.get("token") not in (None, self._mine["token"]):
                     self.lost = name_of(found)
-                    # Ctrl-C itself: a signal wakes the main thread from a wait; `interrupt_main` is seen after it.
+                    # A signal, as Ctrl-C's, wakes the main thread from a wait; `interrupt_main` is seen after it.
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
                 beat += 1
