@@ -206,7 +206,7 @@ class _Heart:
                 found = _read(self._where)
                 if found.get("token") not in (None, self._mine["token"]):
                     self.lost = name_of(found)
-                    # A signal, as Ctrl-C's, wakes the main thread from a wait; `interrupt_main` is seen after it.
+                    # A signal, like Ctrl-C, wakes the main thread from a wait; `interrupt_main` does not.
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
                 beat += 1
