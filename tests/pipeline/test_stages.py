@@ -104,5 +104,6 @@ def test_gains_are_counted_from_where_a_stage_starts(tiny: TinyRun):
 
 
 def test_seeds_of_stages_can_be_told_apart(tiny: TinyRun):
-    jobs = jobs_of(tiny, "seed=5", "stages.align.seed_offset=2")
-    assert (of(jobs["train/text"], "seed"), of(jobs["train/align"], "seed")) == (5, 7)
+    jobs = jobs_of(tiny, "seed=5", "stages.align.seed_offset=2", "stages.reranker.seed_offset=1")
+    seeds = {stage: of(jobs[f"train/{stage}"], "seed") for stage in ("text", "align", "reranker", "distil")}
+    assert seeds == {"text": 5, "align": 7, "reranker": 6, "distil": 5}

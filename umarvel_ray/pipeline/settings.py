@@ -197,6 +197,7 @@ class RerankerStage(FusionSettings):
     pairs: RerankerTrainSettings = RerankerTrainSettings()
     start: Literal["backbone", "text", "align", "instruct", "hard"] = "backbone"
     """The paper takes the stock model; a backbone of random weights has to learn to see first."""
+    seed_offset: NonNegativeInt = 0
     mining: MiningConfig
     depth: PositiveInt = 50
     """Hits re-scored per query, in validation and test."""

@@ -213,7 +213,7 @@ class _Plan:
             model="reranker",
             start=self._run.backbone if stage.start == "backbone" else self.checkpoint(stage.start),
             output=folder,
-            seed=self._run.seed,
+            seed=self._run.seed + stage.seed_offset,
             data=data,
             train=stage.train,
             pairs=stage.pairs,
