@@ -6,8 +6,10 @@ from fixtures_backbones import KINDS
 
 from umarvel_ray.data.records import Candidate
 from umarvel_ray.model import modules
+from umarvel_ray.model.backbone import core_of
 from umarvel_ray.model.encoder import Encoder
 from umarvel_ray.model.modules import only_at, use_fast_modules, use_stock_modules
+from umarvel_ray.model.settings import LoraSettings
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -22,6 +24,23 @@ def test_slices_and_rows_of_patches_move_no_embedding(backbones, mixed_records, 
     use_fast_modules(encoder.model.model)
     with torch.no_grad():
         torch.testing.assert_close(encoder(encoder.builder.pack(items)), fast, atol=1e-6, rtol=0)
+
+
+def test_slices_pass_through_adapters(backbone, mixed_records, monkeypatch):
+    monkeypatch.setattr(modules, "_SLICE", 7)
+    encoder = Encoder.load(backbone)
+    items = [encoder.builder.build(record) for record in mixed_records]
+    before = encoder.embed_items(items)
+    encoder.set_trainable("lora", LoraSettings(rank=2, alpha=4), learn_temperature=False)
+    encoder.eval()
+    with torch.no_grad():
+        for name, weight in encoder.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.5, generator=torch.Generator().manual_seed(len(name)))
+    fast = encoder.embed_items(items)
+    assert (fast - before).abs().max() > 1e-2
+    use_stock_modules(core_of(encoder.model))
+    torch.testing.assert_close(fast, encoder.embed_items(items), atol=1e-6, rtol=0)
 
 
 def test_a_still_is_multiplied_once_and_a_video_frame_by_frame(backbone):

@@ -40,6 +40,8 @@ _SMALL = {
     "vision_embed_dim": 128,
     "vision_depth": 3,
 }
+_VOCABULARY = 32_000
+"""Rows of the small model's LM head; Qwen's have 152,064, of which the tokenizer, as here, fills a part."""
 QWEN2_VL_7B = {
     "hidden_size": 3584,
     "num_layers": 28,
@@ -115,6 +117,8 @@ def _load(case: Case) -> tuple[Any, Any, str]:
         model = Qwen2VLForConditionalGeneration.from_pretrained(
             folder / "backbone", attn_implementation="sdpa"
         )
+        torch.manual_seed(0)
+        model.resize_token_embeddings(_VOCABULARY, mean_resizing=False)
     else:
         # Weights are drawn where they stay: saved and read, 15 GB would pass through the disk.
         config = AutoConfig.from_pretrained(folder / "backbone")
