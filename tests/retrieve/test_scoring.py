@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from umarvel_ray.retrieve import scoring
 from umarvel_ray.retrieve.scoring import exact_scores, exact_scores_by_query
 
 
@@ -37,7 +38,10 @@ def rounded(left: np.ndarray, right: np.ndarray) -> np.float32:
 
 
 @pytest.mark.parametrize("kind", ["normal", "cancelling", "scales", "orthogonal", "midway"])
-def test_a_score_is_the_exact_sum_rounded(kind):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_score_is_the_exact_sum_rounded(kind, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(scoring, "_compiled", lambda: None)
     left, right = pairs(kind)
     expected = np.array([rounded(a, b) for a, b in zip(left.numpy(), right.numpy(), strict=True)])
     assert exact_scores(left, right).numpy().tobytes() == expected.tobytes()

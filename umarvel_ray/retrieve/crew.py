@@ -48,7 +48,7 @@ class Crew:
         if buffer.dtype != dtype or len(buffer) < num_values:
             buffer = torch.empty(num_values, dtype=dtype, device=self._device)
         try:
-            yield buffer
+            yield buffer[:num_values]
         finally:
             self._buffers.put(buffer)
 

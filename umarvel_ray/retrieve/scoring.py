@@ -7,6 +7,7 @@ Q queries, C candidates, D width.
 import math
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -47,12 +48,36 @@ def exact_scores_by_query(
         query_N, column_N: Which query and which candidate make each pair.
         largest: No product of a query's and a candidate's length exceeds this.
     """
+    sums_N = torch.empty(len(query_N), dtype=torch.float64)
+    if (compiled := _compiled()) is not None:
+        arrays = (values.numpy() for values in (queries_QD, candidates_CD, query_N, column_N, sums_N))
+        compiled(*arrays)
+    else:
+        _sum_by_query(queries_QD, candidates_CD, query_N, column_N, sums_N)
+    return _rounded(
+        sums_N,
+        _bound(queries_QD.shape[1]) * largest,
+        lambda odd: (queries_QD[query_N[odd]], candidates_CD[column_N[odd]]),
+    )
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[..., None] | None:
+    try:
+        from umarvel_ray.retrieve.kernels import inner_products
+    except (ImportError, RuntimeError):
+        return None  # no Numba; or no folder where it may keep what it compiles
+    return inner_products
+
+
+def _sum_by_query(
+    queries_QD: Tensor, candidates_CD: Tensor, query_N: Tensor, column_N: Tensor, sums_N: Tensor
+) -> None:
     numbers, counts = torch.unique_consecutive(query_N, return_counts=True)
     width = queries_QD.shape[1]
     step = max(1, _PIECE_VALUES // width)
     # Memory that is used again: fresh pages would cost more than the sums.
     single_PD, double_PD = torch.empty(step, width), torch.empty(step, width, dtype=torch.float64)
-    sums_N = torch.empty(len(query_N), dtype=torch.float64)
     start = 0
     for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
         query_D = queries_QD[number].double()
@@ -62,11 +87,6 @@ def exact_scores_by_query(
             exact_PD = double_PD[: len(columns)].copy_(rows_PD)
             torch.mv(exact_PD, query_D, out=sums_N[first : first + len(columns)])
         start += count
-    return _rounded(
-        sums_N,
-        _bound(queries_QD.shape[1]) * largest,
-        lambda odd: (queries_QD[query_N[odd]], candidates_CD[column_N[odd]]),
-    )
 
 
 def sampled_products(left_ND: Tensor, right_MD: Tensor, row_P: Tensor, column_P: Tensor) -> Tensor:

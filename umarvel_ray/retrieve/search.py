@@ -1,10 +1,10 @@
 """Exact top-k of inner products: quick tiles pick who may be among the best, exact sums score them.
 
-The first pass (int8, bfloat16 or float32, see `tiles.py`) carries a hard bound of its error. While it runs, a
-guess of each query's k-th score decides who is kept; the exact scores of those kept then prove the guess, or
-the block is looked at again for that query, under the bound alone. So a candidate is passed over only when
-even its upper bound is below a proven lower bound of the k-th score, and blocks, tiles, threads, shards,
-devices and the first pass move the time, never the result.
+The first pass (int8, see `int8.py`; bfloat16 or float32, see `tiles.py`) carries a hard bound of its error.
+While it runs, a guess of each query's k-th score decides who is kept; the exact scores of those kept then
+prove the guess, or the block is looked at again for that query, under the bound alone. So a candidate is
+passed over only when even its upper bound is below a proven lower bound of the k-th score, and blocks, tiles,
+threads, shards, devices and the first pass move the time, never the result.
 
 Axes: Q queries, C candidates of a block, D width, K results, G groups of columns.
 """
@@ -19,15 +19,10 @@ import torch
 from torch import Tensor
 
 from umarvel_ray.errors import DataError
-from umarvel_ray.retrieve.best import Best, Block
+from umarvel_ray.retrieve.best import Best, Block, Precision
 from umarvel_ray.retrieve.crew import Crew
-from umarvel_ray.retrieve.tiles import (
-    Precision,
-    Tile,
-    multiplies_bfloat16,
-    multiplies_int8,
-    plain_products,
-)
+from umarvel_ray.retrieve.int8 import Panels, multiplies_int8
+from umarvel_ray.retrieve.tiles import Tile, multiplies_bfloat16, plain_products
 
 FirstPass = Literal["auto", "float32", "bfloat16", "int8"]
 """How tiles are multiplied; `auto` takes what the device multiplies fastest, float32 where little is won."""
@@ -41,8 +36,10 @@ _MIN_GROUPS = 512
 _LARGEST_PRODUCT = 1e30
 _MIN_QUERIES_INT8 = 128
 """Below it, making candidates narrow costs more than narrow products save."""
-_MOST_SURVIVORS_INT8 = 1 / 40
-"""Share of a block's pairs; above it, scoring survivors costs more than the narrow product saves."""
+_LEAST_INT8 = 1 << 33
+"""Multiplications and additions of a block; below, loading what is compiled costs more."""
+_MOST_UNDECIDED_INT8 = 1 / 10
+"""Share of a block's pairs; above it, multiplying them once more costs more than the narrow product saves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +99,7 @@ def top_k(
     with torch.inference_mode(), plain_products(), Crew(device) as crew:
         rows_each = min(query_rows, max(1, -(-len(queries) // crew.size)))
         parts = [Best(part_QD, k) for part_QD in queries.split(rows_each)] if len(queries) else []
-        choose = _Chooser(first_pass, device, len(queries), k)
+        choose = _Chooser(first_pass, device, queries)
         for block_CD in blocks_of(candidate_blocks, device):
             if block_CD.shape[1] != queries.shape[1]:
                 raise DataError(
@@ -111,13 +108,13 @@ def top_k(
                 )
             precision = choose(len(block_CD))
             tiles = _tiles(block_CD, tile_columns, precision, groups, crew)
-            lengths = torch.cat([tile.length_G for tile in tiles])
+            lengths = torch.cat([tile.length_C for tile in tiles])
             largest = largest_query * _largest_length(block_CD, lengths, "candidates", first_row=row)
             _refuse_overflow(largest, first_row=row)
             block = Block(block_CD, tiles, row, precision, largest)
             crew.run([lambda part=part, block=block: part.add(block, crew) for part in parts])
             num_pairs = len(queries) * len(block_CD)
-            choose.learn(sum(part.num_survivors for part in parts) / max(1, num_pairs))
+            choose.learn(sum(part.num_undecided for part in parts) / max(1, num_pairs))
             row += len(block_CD)
     num = min(k, row - first_row)
     if not parts:
@@ -147,40 +144,42 @@ def merge_top_k(parts: Sequence[TopK], k: int) -> TopK:
 class _Chooser:
     """Which precision the next block is searched in."""
 
-    def __init__(self, first_pass: FirstPass, device: str, num_queries: int, k: int) -> None:
+    def __init__(self, first_pass: FirstPass, device: str, queries_QD: Tensor) -> None:
         self._fixed: Precision | None = None if first_pass == "auto" else first_pass
-        self._k = k
+        self._shape = queries_QD.shape
         self._narrow: Precision = "float32"
-        if first_pass == "int8" and not multiplies_int8(device):
+        has_int8 = device == "cpu" and multiplies_int8()
+        if first_pass == "int8" and not has_int8:
             raise DataError(
-                f"first pass int8: {device} has no 8-bit dot products that cannot overflow. Give auto."
+                f"first pass int8: it takes a CPU with AVX512-VNNI and the extra `compiled`; the device is "
+                f"{device}. Give auto."
             )
         if multiplies_bfloat16(device):
             self._narrow = "bfloat16"
-        elif multiplies_int8(device) and num_queries >= _MIN_QUERIES_INT8:
+        elif has_int8 and len(queries_QD) >= _MIN_QUERIES_INT8:
             self._narrow = "int8"
 
     def __call__(self, num_candidates: int) -> Precision:
         if self._fixed is not None:
             return self._fixed
-        # In a small block the K best alone are a large share.
-        pays = self._narrow != "int8" or 4 * self._k <= _MOST_SURVIVORS_INT8 * num_candidates
+        pays = self._narrow != "int8" or math.prod(self._shape) * num_candidates >= _LEAST_INT8
         return self._narrow if pays else "float32"
 
     def learn(self, share: float) -> None:
-        """How many of a block's pairs had to be scored."""
-        if self._narrow == "int8" and share > _MOST_SURVIVORS_INT8:
+        """How many of a block's pairs the first pass did not decide."""
+        if self._narrow == "int8" and share > _MOST_UNDECIDED_INT8:
             self._narrow = "float32"
 
 
-def _tiles(block_CD: Tensor, columns: int, precision: Precision, groups: int, crew: Crew) -> list[Tile]:
-    calls = [
-        lambda start=start: Tile.cut(
-            block_CD, start, min(start + columns, len(block_CD)), precision, groups=groups
-        )
-        for start in range(0, len(block_CD), columns)
-    ]
-    return [tile for tiles in crew.run(calls) for tile in tiles]
+def _tiles(block_CD: Tensor, columns: int, precision: Precision, groups: int, crew: Crew) -> list[Any]:
+    def cut(start: int, stop: int) -> Sequence[Any]:
+        if precision == "int8":
+            return [Panels.cut(block_CD, start, stop)]
+        return Tile.cut(block_CD, start, stop, precision, groups=groups)
+
+    starts = range(0, len(block_CD), columns)
+    cuts = crew.run([lambda at=at: cut(at, min(at + columns, len(block_CD))) for at in starts])
+    return [tile for tiles in cuts for tile in tiles]
 
 
 def _as_matrix(values: Any, device: str) -> Tensor:
