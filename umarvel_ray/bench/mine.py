@@ -153,6 +153,7 @@ BENCHMARK = Benchmark(
         "d256": {**_SEARCH, "queries": 2_000, "candidates": 200_000, "dim": 256},
         "d1024": {**_SEARCH, "queries": 2_000, "candidates": 200_000, "dim": 1024},
         "d3584": {**_SEARCH, "queries": 2_000, "candidates": 50_000, "dim": 3584},
+        "d3584_200k": {**_SEARCH, "queries": 2_000, "candidates": 200_000, "dim": 3584},
         "d1024_low": {**_SEARCH, "queries": 2_000, "candidates": 200_000, "dim": 1024, "directions": 256},
         "d3584_low": {**_SEARCH, "queries": 2_000, "candidates": 50_000, "dim": 3584, "directions": 256},
         "small": {**_SEARCH, "queries": 512, "candidates": 20_000, "dim": 256},
