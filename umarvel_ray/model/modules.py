@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 _SLICE = 512
 """Rows whose intermediate values stay in a core's cache."""
+_SILUS = ("SiLU", "SiLUActivation")
+"""Torch's, and Transformers' own."""
 
 
 def use_fast_modules(core: Any) -> None:
@@ -69,9 +71,15 @@ def _by_slices(mlp: nn.Module, states: Tensor) -> Tensor:
     rows = states.flatten(0, -2)
     if not _is_ours(states) or len(rows) <= _SLICE:
         return forward(states)
-    if all(type(getattr(mlp, name, None)) is nn.Linear for name in ("gate_proj", "up_proj", "down_proj")):
+    if _is_gated(mlp):
         return _gated(mlp, rows).view(states.shape)
     return torch.cat([forward(part) for part in rows.split(_SLICE)]).view(states.shape)
+
+
+def _is_gated(mlp: Any) -> bool:
+    """Whether it is a plain SwiGLU, without adapters around its layers."""
+    layers = (getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+    return all(type(layer) is nn.Linear for layer in layers) and type(mlp.act_fn).__name__ in _SILUS
 
 
 def _gated(mlp: Any, rows_TD: Tensor) -> Tensor:
@@ -82,7 +90,7 @@ def _gated(mlp: Any, rows_TD: Tensor) -> Tensor:
         gate, up = gate_SI[: len(part)], up_SI[: len(part)]
         _linear(mlp.gate_proj, part, out=gate)
         _linear(mlp.up_proj, part, out=up)
-        _linear(mlp.down_proj, torch.mul(mlp.act_fn(gate), up, out=gate), out=output)
+        _linear(mlp.down_proj, F.silu(gate, inplace=True).mul_(up), out=output)
     return output_TD
 
 
