@@ -208,6 +208,15 @@ def test_lengths_whose_squares_overflow_lose_no_candidate(first_pass):
 
 
 @pytest.mark.parametrize("first_pass", PASSES)
+def test_scores_that_float32_can_hardly_hold_stand_in_their_order(first_pass):
+    candidates = random_unit(700, 24, seed=25) * np.float32(3e-22)
+    queries = random_unit(5, 24, seed=26) * np.float32(1e-22)
+    expected = brute_force(queries, candidates, 9)
+    assert 0 < expected.scores_QK.max() < 1e-42
+    assert_same_bits(top_k(queries, candidates, 9, first_pass=first_pass), expected)
+
+
+@pytest.mark.parametrize("first_pass", PASSES)
 def test_a_group_of_long_and_short_vectors_loses_none_where_all_scores_are_negative(first_pass):
     """The scale of such a group says little about its short members, and theirs are the best scores."""
     queries = random_unit(6, 24, seed=21)

@@ -100,7 +100,7 @@ class Best:
         """Merge in a block's best; returns what the K-th scores were taken to be at least, (Q,) float32.
 
         Args:
-            share: Of the error bound, how much an estimate an estimate is taken to be off: 1 is proven.
+            share: Of the error bound, how much an estimate is taken to be off: 1 is proven.
         """
         survivors: list[Survivors] = []
         with self._first_pass(block, crew, share) as first:

@@ -103,7 +103,8 @@ def _compare_rows(
                 product = build.sitofp(build.sub(sums[row][half], offset), _REALS)
                 estimate = build.fmul(product, build.fmul(scale, its_scale))
                 error = build.fadd(build.fmul(rest, by_rest), build.fmul(length, by_length))
-                upper = build.fadd(estimate, error)
+                # Where products are so small that they are rounded off, the error would be as well.
+                upper = build.fadd(build.fadd(estimate, error), ir.Constant(_REALS, [float(TINY)] * 16))
                 store(upper, out, 4 * LANES * row + 64 * half)
                 is_below = build.fcmp_ordered("<", upper, least)
                 survives.append(build.zext(build.bitcast(build.not_(is_below), ir.IntType(16)), _I32))
