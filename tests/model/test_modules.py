@@ -16,14 +16,30 @@ from umarvel_ray.model.settings import LoraSettings
 def test_slices_and_rows_of_patches_move_no_embedding(backbones, mixed_records, monkeypatch, kind):
     """Rounding apart. Slices of seven rows: the last one is short, and none holds an item."""
     monkeypatch.setattr(modules, "_SLICE", 7)
+    gated, calls = modules._gated, []
+    monkeypatch.setattr(modules, "_gated", lambda mlp, rows: calls.append(mlp) or gated(mlp, rows))
     encoder = Encoder.load(backbones[kind])
     items = [encoder.builder.build(record) for record in mixed_records]
     fast = encoder.embed_items(items)
+    assert len(set(calls)) >= encoder.model.config.text_config.num_hidden_layers
     use_stock_modules(encoder.model.model)
     torch.testing.assert_close(fast, encoder.embed_items(items), atol=1e-6, rtol=0)
     use_fast_modules(encoder.model.model)
     with torch.no_grad():
         torch.testing.assert_close(encoder(encoder.builder.pack(items)), fast, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_that_will_be_repeated_with_gradients_is_the_same_to_the_bit(
+    backbones, mixed_records, monkeypatch, kind
+):
+    monkeypatch.setattr(modules, "_SLICE", 7)
+    encoder = Encoder.load(backbones[kind]).train()
+    packed = encoder.builder.pack([encoder.builder.build(record) for record in mixed_records])
+    encoder.set_trainable("lora", LoraSettings(rank=2, alpha=4, dropout=0.0), learn_temperature=False)
+    with torch.no_grad():
+        first = encoder(packed)
+    assert torch.equal(first, encoder(packed).detach())
 
 
 def test_slices_pass_through_adapters(backbone, mixed_records, monkeypatch):

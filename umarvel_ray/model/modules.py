@@ -16,8 +16,8 @@ _SILUS = ("SiLU", "SiLUActivation")
 
 
 def use_fast_modules(core: Any) -> None:
-    """Let a backbone embed patches by one matrix product, and, on a CPU where no gradient is taken, pass its
-    MLPs slice by slice and its norms in fewer rounds. `use_stock_modules` takes it back.
+    """Let a backbone embed patches by one matrix product, and, on a CPU when it does not train, pass its MLPs
+    slice by slice and its norms in fewer rounds. `use_stock_modules` takes it back.
     """
     embed = core.visual.patch_embed
     embed.forward = partial(_project, embed.proj)
@@ -58,9 +58,10 @@ def _norms(core: Any) -> Iterator[nn.Module]:
     return (module for module in core.modules() if hasattr(module, "variance_epsilon"))
 
 
-def _is_ours(states: Tensor) -> bool:
-    """Whether memory, not launches of kernels, is what time goes into; and nobody wants a gradient."""
-    return states.device.type == "cpu" and not torch.is_grad_enabled()
+def _is_ours(module: nn.Module, states: Tensor) -> bool:
+    """Whether memory, not launches of kernels, is what time goes into, and nobody wants a gradient: not now,
+    nor from a second pass, which has to repeat the first to the bit."""
+    return states.device.type == "cpu" and not torch.is_grad_enabled() and not module.training
 
 
 def _by_slices(mlp: nn.Module, states: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def _by_slices(mlp: nn.Module, states: Tensor) -> Tensor:
     """
     forward = partial(type(mlp).forward, mlp)
     rows = states.flatten(0, -2)
-    if not _is_ours(states) or len(rows) <= _SLICE:
+    if not _is_ours(mlp, states) or len(rows) <= _SLICE:
         return forward(states)
     if _is_gated(mlp):
         return _gated(mlp, rows).view(states.shape)
@@ -103,7 +104,7 @@ def _linear(layer: nn.Linear, rows: Tensor, out: Tensor) -> None:
 
 def _normalise(norm: Any, states: Tensor) -> Tensor:
     """(…, D) → (…, D). Squares are summed without being written down."""
-    if not _is_ours(states) or states.dtype != torch.float32:
+    if not _is_ours(norm, states) or states.dtype != torch.float32:
         return type(norm).forward(norm, states)
     squares = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_()
     return (states * squares.div_(states.shape[-1]).add_(norm.variance_epsilon).rsqrt_()).mul_(norm.weight)
