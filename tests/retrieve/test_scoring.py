@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from umarvel_ray.retrieve import scoring
 from umarvel_ray.retrieve.scoring import exact_scores, exact_scores_by_query
 
 
@@ -39,9 +38,7 @@ def rounded(left: np.ndarray, right: np.ndarray) -> np.float32:
 
 @pytest.mark.parametrize("kind", ["normal", "cancelling", "scales", "orthogonal", "midway"])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_score_is_the_exact_sum_rounded(kind, compiled, monkeypatch):
-    if not compiled:
-        monkeypatch.setattr(scoring, "_compiled", lambda: None)
+def test_a_score_is_the_exact_sum_rounded(kind, compiled):
     left, right = pairs(kind)
     expected = np.array([rounded(a, b) for a, b in zip(left.numpy(), right.numpy(), strict=True)])
     assert exact_scores(left, right).numpy().tobytes() == expected.tobytes()
@@ -50,7 +47,7 @@ def test_a_score_is_the_exact_sum_rounded(kind, compiled, monkeypatch):
         torch.arange(len(left)).repeat_interleave(2),
         torch.arange(len(right)).repeat_interleave(2),
     )
-    by_query = exact_scores_by_query(left, right, query, column, largest=largest)
+    by_query = exact_scores_by_query(left, right, query, column, largest=largest, compiled=compiled)
     assert by_query.numpy().tobytes() == expected.repeat(2).tobytes()
 
 

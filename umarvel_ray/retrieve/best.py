@@ -180,7 +180,12 @@ class Best:
         """Scores of survivors, which stand by query."""
         if not query.is_cuda:
             return exact_scores_by_query(
-                self._queries_QD, block.exact_CD, query, column, largest=block.largest
+                self._queries_QD,
+                block.exact_CD,
+                query,
+                column,
+                largest=block.largest,
+                compiled=block.precision == "int8",
             )
         step = max(1, _PIECE_VALUES // block.exact_CD.shape[1])
         pairs = zip(query.split(step), column.split(step), strict=True)

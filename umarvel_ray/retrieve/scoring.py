@@ -7,7 +7,6 @@ Q queries, C candidates, D width.
 import math
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -39,7 +38,13 @@ def exact_scores(left_ND: Tensor, right_ND: Tensor) -> Tensor:
 
 
 def exact_scores_by_query(
-    queries_QD: Tensor, candidates_CD: Tensor, query_N: Tensor, column_N: Tensor, *, largest: float
+    queries_QD: Tensor,
+    candidates_CD: Tensor,
+    query_N: Tensor,
+    column_N: Tensor,
+    *,
+    largest: float,
+    compiled: bool = False,
 ) -> Tensor:
     """`exact_scores` of pairs that stand by query, (N,) float32.
 
@@ -47,11 +52,14 @@ def exact_scores_by_query(
         queries_QD, candidates_CD: float32.
         query_N, column_N: Which query and which candidate make each pair.
         largest: No product of a query's and a candidate's length exceeds this.
+        compiled: By the loop of `kernels.py`, which takes Numba.
     """
     sums_N = torch.empty(len(query_N), dtype=torch.float64)
-    if (compiled := _compiled()) is not None:
+    if compiled:
+        from umarvel_ray.retrieve.kernels import inner_products
+
         arrays = (values.numpy() for values in (queries_QD, candidates_CD, query_N, column_N, sums_N))
-        compiled(*arrays)
+        inner_products(*arrays)
     else:
         _sum_by_query(queries_QD, candidates_CD, query_N, column_N, sums_N)
     return _rounded(
@@ -59,15 +67,6 @@ def exact_scores_by_query(
         _bound(queries_QD.shape[1]) * largest,
         lambda odd: (queries_QD[query_N[odd]], candidates_CD[column_N[odd]]),
     )
-
-
-@lru_cache(maxsize=1)
-def _compiled() -> Callable[..., None] | None:
-    try:
-        from umarvel_ray.retrieve.kernels import inner_products
-    except (ImportError, RuntimeError):
-        return None  # no Numba; or no folder where it may keep what it compiles
-    return inner_products
 
 
 def _sum_by_query(

@@ -146,29 +146,25 @@ class _Chooser:
 
     def __init__(self, first_pass: FirstPass, device: str, queries_QD: Tensor) -> None:
         self._fixed: Precision | None = None if first_pass == "auto" else first_pass
-        self._shape = queries_QD.shape
-        self._narrow: Precision = "float32"
-        has_int8 = device == "cpu" and multiplies_int8()
-        if first_pass == "int8" and not has_int8:
+        self._device, self._shape = device, queries_QD.shape
+        self._takes_int8 = device == "cpu" and len(queries_QD) >= _MIN_QUERIES_INT8
+        if first_pass == "int8" and not (device == "cpu" and multiplies_int8()):
             raise DataError(
                 f"first pass int8: it takes a CPU with AVX512-VNNI and the extra `compiled`; the device is "
                 f"{device}. Give auto."
             )
-        if multiplies_bfloat16(device):
-            self._narrow = "bfloat16"
-        elif has_int8 and len(queries_QD) >= _MIN_QUERIES_INT8:
-            self._narrow = "int8"
 
     def __call__(self, num_candidates: int) -> Precision:
         if self._fixed is not None:
             return self._fixed
-        pays = self._narrow != "int8" or math.prod(self._shape) * num_candidates >= _LEAST_INT8
-        return self._narrow if pays else "float32"
+        if multiplies_bfloat16(self._device):
+            return "bfloat16"
+        pays = self._takes_int8 and math.prod(self._shape) * num_candidates >= _LEAST_INT8
+        return "int8" if pays and multiplies_int8() else "float32"
 
     def learn(self, share: float) -> None:
-        """How many of a block's pairs the first pass did not decide."""
-        if self._narrow == "int8" and share > _MOST_UNDECIDED_INT8:
-            self._narrow = "float32"
+        """How many of a block's pairs int8 did not decide."""
+        self._takes_int8 = self._takes_int8 and share <= _MOST_UNDECIDED_INT8
 
 
 def _tiles(block_CD: Tensor, columns: int, precision: Precision, groups: int, crew: Crew) -> list[Any]:
