@@ -1,7 +1,8 @@
 """Exact top-k of inner products: quick tiles pick who may be among the best, exact sums score them.
 
 The first pass (int8, see `int8.py`; bfloat16 or float32, see `tiles.py`) carries a hard bound of its error.
-While it runs, a guess of each query's k-th score decides who is kept; the exact scores of those kept then
+Over int8, sums in float32 of the few pairs that it does not decide prove a floor under each query's k-th
+score as it goes. Over tiles, a guess of that score decides who is kept; the exact scores of those kept then
 prove the guess, or the block is looked at again for that query, under the bound alone. So a candidate is
 passed over only when even its upper bound is below a proven lower bound of the k-th score, and blocks, tiles,
 threads, shards, devices and the first pass move the time, never the result.
@@ -150,7 +151,7 @@ class _Chooser:
         self._takes_int8 = device == "cpu" and len(queries_QD) >= _MIN_QUERIES_INT8
         if first_pass == "int8" and not (device == "cpu" and multiplies_int8()):
             raise DataError(
-                f"first pass int8: it takes a CPU with AVX512-VNNI and the extra `compiled`; the device is "
+                "first pass int8: it takes a CPU with AVX512-VNNI and the extra `compiled`; the device is "
                 f"{device}. Give auto."
             )
 

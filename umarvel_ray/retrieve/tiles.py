@@ -20,7 +20,6 @@ from umarvel_ray.retrieve.arrays import taken
 TilePrecision = Literal["float32", "bfloat16"]
 """What tiles are made of."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PIECE_VALUES = 1 << 17
 """Values per piece that is made narrow, 512 KB: the passes over it find it in the cache."""
 _TINY = 2.0**-100
@@ -48,7 +47,7 @@ class Narrow(NamedTuple):
             torch.linalg.vector_norm(vectors_ND, dim=1, out=length_N)
             low_ND = vectors_ND
         else:
-            low_ND = torch.empty((num, width), dtype=DTYPES[precision], device=device)
+            low_ND = torch.empty((num, width), dtype=torch.bfloat16, device=device)
             step = max(1, num if device.type == "cuda" else _PIECE_VALUES // width)
             for start in range(0, num, step):
                 piece = slice(start, start + step)
