@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +20,9 @@ from umarvel_ray.storage import RemotePath, at, cache_folder, local_file
 
 JOB_FILE = "job.json"
 DONE_FILE = "done.json"
+
+_MANY_FILES = 256
+"""Beyond, one sync of the machine's disks is quicker than one per file."""
 
 
 def fingerprint(value: Any) -> str:
@@ -98,10 +101,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     os.chmod(temporary, 0o755)
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+        _sync_files([file for file in temporary.rglob("*") if file.is_file()])
         if target.exists():
             shutil.rmtree(target)
         os.replace(temporary, target)
@@ -192,6 +192,15 @@ def is_finished(folder: str | os.PathLike) -> bool:
 def finish_folder(folder: str | os.PathLike, summary: Mapping[str, Any]) -> None:
     """Mark the job that owns `folder` as finished, with its counts and figures."""
     write_json(at(folder) / DONE_FILE, summary)
+
+
+def _sync_files(files: Sequence[Path]) -> None:
+    if len(files) > _MANY_FILES:
+        os.sync()
+        return
+    for file in files:
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
