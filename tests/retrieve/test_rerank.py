@@ -1,11 +1,13 @@
 """Every hit is scored once, under the settings that its file names; neighbours share candidates."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from fixtures_rerank import DEPTH, NUM_QUERIES
 
+from umarvel_ray.artifacts import data_fingerprint
 from umarvel_ray.data.records import Candidate, Query
 from umarvel_ray.data.sources import QueryFile
 from umarvel_ray.data.trec import Run, import_trec
@@ -66,6 +68,61 @@ def test_only_what_is_missing_is_scored_again_and_comes_out_the_same(list_files,
     again = score(config)
     assert parts[0].part.stat().st_mtime_ns == kept
     assert again.table.equals(first.table) and again.facts == first.facts
+
+
+def over_two_pools(list_files, tmp_path):
+    """The same queries once more, as if searched in a second pool: other candidates, some the same."""
+    config = list_files.config(tmp_path / "out")
+    (local,) = scored_lists(config)
+    found = import_trec(list_files.home / "run.trec")
+    dids = [[f"d{(int(did[1:]) + (number + rank) % 3) % 12}" for rank, did in enumerate(row)]
+            for number, row in enumerate(found.dids)]  # fmt: skip
+    dids = [list(dict.fromkeys(row)) for row in dids]
+    path = tmp_path / "second.arrow"
+    Run(found.qids, dids, [found.scores[n][: len(row)] for n, row in enumerate(dids)]).write(path)
+    facts = {**local.facts, "run": data_fingerprint(path)}
+    second = replace(local, scope="global", run=path, folder=tmp_path / "out" / "second", facts=facts)
+    return config, [local, second]
+
+
+def test_runs_of_the_same_queries_are_scored_together_and_a_shared_candidate_once(
+    list_files, tmp_path, monkeypatch
+):
+    config, lists = over_two_pools(list_files, tmp_path)
+    alone = [
+        score_lists(config, [replace(one, folder=tmp_path / "alone" / one.scope)], LOCAL)[0] for one in lists
+    ]
+    asked = []
+    score_many = Reranker.score_many
+
+    def counted(self, pairs, **how):
+        asked.extend((query.qid, candidate.did) for query, candidates in pairs for candidate in candidates)
+        return score_many(self, pairs, **how)
+
+    monkeypatch.setattr(Reranker, "score_many", counted)
+    together = score_lists(config, lists, LOCAL)
+    pairs = [{(qid, did) for qid, dids, *_ in own.rows() for did in dids} for own in together]
+    assert len(asked) == len(set(asked)) and set(asked) == pairs[0] | pairs[1]
+    assert len(pairs[0] & pairs[1]) > 10
+    for own, other in zip(together, alone, strict=True):
+        assert own.table.drop(["p_yes"]).equals(other.table.drop(["p_yes"]))
+        for (*_, p_yes), (*_, expected) in zip(own.rows(), other.rows(), strict=True):
+            np.testing.assert_allclose(p_yes, expected, atol=1e-6)
+
+
+def test_of_runs_scored_together_a_part_that_is_missing_comes_out_the_same(list_files, tmp_path):
+    config, lists = over_two_pools(list_files, tmp_path)
+    first = score_lists(config, lists, LOCAL)
+    parts, missing = plan_scores(config, lists)
+    assert len(parts) == 8 and not missing
+    lost = next(task for task in parts if task.of.scope == "global")
+    lost.part.unlink()
+    ((together, again),) = plan_scores(config, lists)[1]
+    assert (together.of.scope, again.part) == ("local", lost.part)
+    for own, before in zip(score_lists(config, lists, LOCAL), first, strict=True):
+        assert own.table.equals(before.table)
+    with pytest.raises(ShardError, match="beside"):
+        score_lists(config, lists[:1], LOCAL)
 
 
 def test_scores_of_another_checkpoint_or_run_are_refused(list_files, tmp_path):

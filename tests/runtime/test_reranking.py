@@ -33,9 +33,9 @@ from umarvel_ray.runtime import reranking
 from umarvel_ray.runtime.cluster import RuntimeSettings, connected
 
 class Slow(RerankingWorker):
-    def __call__(self, task):
+    def __call__(self, tasks):
         time.sleep(1.0)
-        return super().__call__(task)
+        return super().__call__(tasks)
 
 reranking.RerankingWorker = Slow
 config = build_config(json.loads(Path(sys.argv[1]).read_text()), RerankConfig)
@@ -52,11 +52,11 @@ class DiesOnce(RerankingWorker):
         super().__init__(config)
         self._mark = Path(mark)
 
-    def __call__(self, task):
-        if task.part.name == "00001.arrow" and not self._mark.exists():
+    def __call__(self, tasks):
+        if tasks[0].part.name == "00001.arrow" and not self._mark.exists():
             self._mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(task)
+        return super().__call__(tasks)
 
 
 @pytest.fixture

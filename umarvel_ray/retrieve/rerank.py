@@ -1,13 +1,16 @@
 """Runs → P(Yes) of every hit, in parts that appear whole: a killed job scores only what is missing.
 
 Any run can be scored: those of M-BEIR's tasks, or a file of TREC's with its queries and pool. Queries that
-share candidates stand beside each other, so that a picture is read and looked at once for all of them.
+share candidates stand beside each other, so that a picture is read and looked at once for all of them. Runs
+of the same queries over several pools are scored together: a candidate that is found in the local and in the
+global pool is scored once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -76,10 +79,13 @@ class ScoreTask:
     Attributes:
         of: The run, and of its rows those of this part.
         part: The file.
+        beside: Fingerprints of the runs of the same queries that are scored with it: who shares a pass
+            through the model moves the last bit.
     """
 
     of: ScoredList
     part: Place
+    beside: tuple[str, ...] = ()
 
     @property
     def num_queries(self) -> int:
@@ -89,7 +95,8 @@ class ScoreTask:
     @property
     def facts(self) -> dict[str, Any]:
         """All that decides its content."""
-        return {**self.of.facts, "rows": fingerprint(self.of.rows.tolist())}
+        beside = {"beside": list(self.beside)} if self.beside else {}
+        return {**self.of.facts, "rows": fingerprint(self.of.rows.tolist()), **beside}
 
 
 def open_run(path: Place) -> Run:
@@ -168,14 +175,17 @@ def _mbeir_lists(config: RerankConfig, how: dict[str, Any]) -> list[ScoredList]:
         pools = tuple(pool_sources(mbeir, request.split, tasks))
         for task in chosen_tasks(mbeir, request.split, config.tasks):
             queries = query_source(mbeir, task, request.split, choice=config.instruction, seed=config.seed)
+            first: ScoredList | None = None
             for scope in request.scopes:
                 path = run_path(config.runs, request.split, task.name, scope)
-                found.append(
-                    _scored_list(
-                        config, how, name=task.name, split=request.split, scope=scope, run=path,
-                        depth=request.depth, share=request.share, queries=queries, pools=pools,
-                    )
+                one = _scored_list(
+                    config, how, name=task.name, split=request.split, scope=scope, run=path,
+                    depth=request.depth, share=request.share, queries=queries, pools=pools,
                 )  # fmt: skip
+                if first is not None and open_run(first.run).qids == open_run(path).qids:
+                    one = replace(one, rows=first.rows)
+                first = first or one
+                found.append(one)
     return found
 
 
@@ -219,23 +229,42 @@ def _scored_list(
     )
 
 
-def plan_scores(config: RerankConfig, lists: Sequence[ScoredList]) -> tuple[list[ScoreTask], list[ScoreTask]]:
-    """All parts, and those of them that are still missing.
+def plan_scores(
+    config: RerankConfig, lists: Sequence[ScoredList]
+) -> tuple[list[ScoreTask], list[tuple[ScoreTask, ...]]]:
+    """All parts; and those that are still missing with those that are scored with them.
 
     Raises:
         ShardError: A part that stands there was made with another checkpoint, run or setting.
     """
     parts, missing = [], []
-    for one in lists:
-        for number, start in enumerate(range(0, len(one.rows), config.queries_per_shard)):
-            rows = one.rows[start : start + config.queries_per_shard]
-            task = ScoreTask(replace(one, rows=rows), one.folder / f"{number:05d}.arrow")
-            parts.append(task)
-            if task.part.exists():
+    for group in _of_same_queries(lists):
+        for number, start in enumerate(range(0, len(group[0].rows), config.queries_per_shard)):
+            tasks = tuple(
+                ScoreTask(
+                    of=replace(one, rows=one.rows[start : start + config.queries_per_shard]),
+                    part=one.folder / f"{number:05d}.arrow",
+                    beside=tuple(other.facts["run"] for other in group if other is not one),
+                )
+                for one in group
+            )
+            parts += tasks
+            found = [task for task in tasks if task.part.exists()]
+            for task in found:
                 Scores.read(task.part, made_with=task.facts)
-            else:
-                missing.append(task)
+            if len(found) < len(tasks):
+                missing.append(tasks)
     return parts, missing
+
+
+def _of_same_queries(lists: Sequence[ScoredList]) -> list[list[ScoredList]]:
+    """Runs of one task and split whose queries stand in the same order, together."""
+    groups: dict[tuple[str, str, str], list[ScoredList]] = {}
+    for one in lists:
+        qids = open_run(one.run).qids
+        key = one.split, one.name, fingerprint([qids[row] for row in one.rows.tolist()])
+        groups.setdefault(key, []).append(one)
+    return list(groups.values())
 
 
 def collect_scores(one: ScoredList, parts: Sequence[ScoreTask]) -> Scores:
@@ -262,31 +291,58 @@ def collect_scores(one: ScoredList, parts: Sequence[ScoreTask]) -> Scores:
 
 
 class RerankingWorker:
-    """One reranker; scores one part a call."""
+    """One reranker; scores a part of each of some runs of the same queries a call."""
 
     def __init__(self, config: RerankConfig) -> None:
         self._config = config
         self._score_many = _backend(config)
         self._open = lru_cache(maxsize=16)(RecordReader)
 
-    def __call__(self, task: ScoreTask) -> dict[str, Any]:
-        """Score the hits of some queries; a finished part is left as it stands."""
-        one, run = task.of, open_run(task.of.run)
-        reader = self._open(one.pools)
-        rows: list[int] = one.rows.tolist()
-        qids = [run.qids[row] for row in rows]
-        dids: list[list[str]] = [list(run.dids[row])[: one.depth] for row in rows]
-        recall = [run.scores[row][: one.depth] for row in rows]
-        queries = [one.queries.by_qid(qid) for qid in qids]
+    def __call__(self, tasks: Sequence[ScoreTask]) -> dict[str, Any]:
+        """Score the hits of some queries, each candidate once."""
+        hits = [_Hits.of(task.of) for task in tasks]
+        wanted = [dict.fromkeys(chain(*rows)) for rows in zip(*(own.dids for own in hits), strict=True)]
         candidates: dict[str, Candidate] = {}
-        for did in (did for row in dids for did in row):
-            if did not in candidates:
-                candidates[did] = reader.candidate(did)
-        p_yes = self._score_many(
-            [(query, [candidates[did] for did in row]) for query, row in zip(queries, dids, strict=True)]
+        for task, own in zip(tasks, hits, strict=True):
+            reader = self._open(task.of.pools)
+            for did in dict.fromkeys(chain(*own.dids)):
+                if did not in candidates:
+                    candidates[did] = reader.candidate(did)
+        queries = [tasks[0].of.queries.by_qid(qid) for qid in hits[0].qids]
+        lists = [
+            (query, [candidates[did] for did in dids]) for query, dids in zip(queries, wanted, strict=True)
+        ]
+        scored = [
+            dict(zip(dids, p_yes, strict=True))
+            for dids, p_yes in zip(wanted, self._score_many(lists), strict=True)
+        ]
+        for task, own in zip(tasks, hits, strict=True):
+            p_yes = [[of[did] for did in dids] for of, dids in zip(scored, own.dids, strict=True)]
+            Scores.of_lists(own.qids, own.dids, own.recall, p_yes, task.facts).write(task.part)
+        pairs = sum(len(dids) for own in hits for dids in own.dids)
+        return {
+            "queries": sum(task.num_queries for task in tasks),
+            "pairs": pairs,
+            "candidates": len(candidates),
+        }
+
+
+class _Hits(NamedTuple):
+    """What is to be scored of a run: dids and the recall's scores of each query."""
+
+    qids: list[str]
+    dids: list[list[str]]
+    recall: list[Any]
+
+    @classmethod
+    def of(cls, one: ScoredList) -> "_Hits":
+        run = open_run(one.run)
+        rows: list[int] = one.rows.tolist()
+        return cls(
+            [run.qids[row] for row in rows],
+            [list(run.dids[row])[: one.depth] for row in rows],
+            [run.scores[row][: one.depth] for row in rows],
         )
-        Scores.of_lists(qids, dids, recall, p_yes, task.facts).write(task.part)
-        return {"queries": len(qids), "pairs": sum(map(len, dids)), "candidates": len(candidates)}
 
 
 def _backend(config: RerankConfig) -> Any:

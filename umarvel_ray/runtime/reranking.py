@@ -25,14 +25,15 @@ def score_lists(
     runtime: RuntimeSettings,
     on_part: OnPart = lambda queries, pairs: None,
 ) -> list[Scores]:
-    """P(Yes) of every hit of every list, each exactly once; only what is missing is computed.
+    """P(Yes) of every hit of every list; only what is missing is computed.
 
     Raises:
         ShardError: Parts that stand there were made with other settings.
         DataError: A query or a candidate is in none of the files.
     """
     parts, missing = plan_scores(config, lists)
-    if found := sum(task.num_queries for task in parts) - sum(task.num_queries for task in missing):
+    to_score = sum(task.num_queries for tasks in missing for task in tasks)
+    if found := sum(task.num_queries for task in parts) - to_score:
         on_part(found, 0)
     if missing:
         require_records(lists)
