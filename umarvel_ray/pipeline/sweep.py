@@ -78,6 +78,9 @@ class SweepConfig(Config):
     """For all rows."""
     rows: tuple[SweepRow, ...] = Field(min_length=1)
     claims: tuple[SweepClaim, ...] = ()
+    runtime: RuntimeSettings | None = None
+    """Who does the work; the base's by default. Where jobs are small, starting workers for each takes
+    longer than the work."""
     mean_over: tuple[str, ...] | None = None
     """Tasks whose mean is printed; all that were evaluated by default."""
 
@@ -205,9 +208,7 @@ def _replace(value: Any, moved: Mapping[str, str]) -> Any:
     return value
 
 
-def run_sweep(
-    sweep: SweepConfig, view: View, *, places: Sequence[str] = (), runtime: RuntimeSettings | None = None
-) -> dict[str, Any]:
+def run_sweep(sweep: SweepConfig, view: View, *, places: Sequence[str] = ()) -> dict[str, Any]:
     """Do every job once, then write the table; finished jobs are passed over.
 
     Returns:
@@ -221,7 +222,7 @@ def run_sweep(
         f"[bold]{sweep.title}[/]: {len(sweep.rows)} rows × {len(sweep.seeds)} seeds, {asked} jobs, "
         f"{len(jobs)} of them different, {len(jobs) - len(todo)} finished before"
     )
-    settings = runtime or load_config(sweep.base, RunConfig, list(places)).runtime
+    settings = sweep.runtime or load_config(sweep.base, RunConfig, list(places)).runtime
     if todo:
         with connected(settings):
             for number, job in enumerate(todo, 1):
