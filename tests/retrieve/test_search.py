@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from umarvel_ray.errors import DataError
 from umarvel_ray.retrieve import best, int8, search
 from umarvel_ray.retrieve.first_pass import TilePass
-from umarvel_ray.retrieve.int8 import Int8Pass, Panels, Rounded, multiplies_int8
+from umarvel_ray.retrieve.int8 import Int8Pass, Panels, Queries, Rounded, multiplies_int8
 from umarvel_ray.retrieve.search import TopK, merge_top_k, top_k
 from umarvel_ray.retrieve.tiles import Bounds, Narrow, Tile
 
@@ -154,15 +154,18 @@ def test_whole_numbers_keep_every_score_within_their_error(num_queries, num_cand
     candidates *= np.float32(10.0) ** np.random.default_rng(32).integers(-3, 4, (num_candidates, 1))
     queries = np.concatenate([candidates[: num_queries // 2], random_unit(num_queries, width, seed=33)])
     queries = queries[:num_queries]
-    rounded = Rounded.of(queries)
+    rounded, narrow = (
+        Rounded.of(torch.from_numpy(queries), np.int8),
+        Rounded.of(torch.from_numpy(candidates), np.int8),
+    )
+    scale_Q, rest_Q, length_Q = rounded.facts.T
     tile = Panels.cut(
         torch.from_numpy(np.concatenate([queries, candidates])), num_queries, num_queries + num_candidates
     )
     scale_C, by_rest_C, by_length_C = tile.known.transpose(1, 0, 2).reshape(3, -1)[:, :num_candidates]
-    low_CD = Rounded.of(candidates).low_ND.astype(np.int64)
-    estimate = np.outer(rounded.scale_N, scale_C).astype(np.float64) * (rounded.low_ND @ low_CD.T)
+    estimate = np.outer(scale_Q, scale_C) * (rounded.low_ND @ narrow.low_ND.astype(np.float64).T)
     error = np.abs(estimate - queries.astype(np.float64) @ candidates.astype(np.float64).T)
-    allowed = np.outer(rounded.rest_N, by_rest_C) + np.outer(rounded.length_N, by_length_C)
+    allowed = np.outer(rest_Q, by_rest_C) + np.outer(length_Q, by_length_C)
     assert (error <= allowed).all()
     # Not because it is wide: 8 bits are within some hundredths of the product of the lengths.
     lengths = np.outer(np.linalg.norm(queries, axis=1), np.linalg.norm(candidates, axis=1))
@@ -185,21 +188,52 @@ def test_none_that_reaches_the_floor_is_passed_over(num_queries, num_candidates,
     tile = Panels.cut(
         torch.from_numpy(np.concatenate([queries, candidates])), num_queries, num_queries + num_candidates
     )
-    num, dtype = Int8Pass.memory(num_queries, [tile])
-    first = Int8Pass(
-        torch.from_numpy(queries), Rounded.of(queries), torch.empty(num, dtype=dtype), scores_QK=floor
-    )
-    survivors = [torch.cat(part).numpy() for part in zip(*first.take(tile), strict=True)]
-    query, column = survivors[0] >> 32, (survivors[0] & 0xFFFFFFFF) - num_queries
+    first = int8_pass(queries, tile, floor)
+    query, column, lower, upper = survivors_of(first, [tile])
+    column -= num_queries
     exact = (queries.astype(np.float64) @ candidates.astype(np.float64).T)[query, column]
-    assert (survivors[1] <= exact).all() and (exact <= survivors[2]).all()
-    assert (survivors[2] - survivors[1]).max() < 1e-3
+    assert (lower <= exact).all() and (exact <= upper).all()
     # The floor rises to the best score of each query; that one at least has to be there.
     kept = set(zip(query.tolist(), column.tolist(), strict=True))
     assert {(q, int(row)) for q, row in enumerate(found.rows_QK[:, 0])} <= kept
     assert (first.floor_Q.numpy() <= found.scores_QK[:, 0]).all()
     if num_candidates > 100:
-        assert first.num_multiplied < num_queries * num_candidates / 4
+        assert first.num_undecided < num_queries * num_candidates / 4
+
+
+@pytest.mark.skipif(not multiplies_int8(), reason="takes a CPU with AVX512-VNNI")
+@pytest.mark.parametrize("width", [1, 50, 3584, 20_000])
+def test_16_bits_tell_a_score_to_a_thousandth_and_never_overflow(width):
+    """Vectors of one value, of one value at all places, and of any: the largest sums that there can be."""
+    vectors = np.zeros((4, width), np.float32)
+    vectors[0, 0], vectors[1], vectors[2] = 1, 1, np.where(np.arange(width) % 2, 1, -1)
+    vectors[3] = np.random.default_rng(35).standard_normal(width)
+    vectors *= np.float32(10.0) ** np.array([[0], [3], [-6], [12]], np.float32)
+    vectors = np.concatenate([vectors, -vectors])
+    tile = Panels.cut(torch.from_numpy(vectors), 0, 8)
+    # As many results as candidates: none is passed over.
+    query, column, lower, upper = survivors_of(
+        int8_pass(vectors, tile, torch.full((8, 8), -torch.inf)), [tile]
+    )
+    assert len(query) == 64
+    exact = (vectors.astype(np.float64) @ vectors.astype(np.float64).T)[query, column]
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    assert (lower <= exact).all() and (exact <= upper).all()
+    allowed = 1e-4 + 6.5e-5 * width**0.5  # half a unit of 1 in 32,000 at each place, of both, up and down
+    assert (upper.astype(np.float64) - lower <= allowed * lengths[query] * lengths[column]).all()
+
+
+def int8_pass(queries: np.ndarray, tile: Panels, scores_QK: torch.Tensor) -> Int8Pass:
+    num, dtype = Int8Pass.memory(len(queries), [tile])
+    rounded = Queries.of(torch.from_numpy(queries))
+    return Int8Pass(rounded, torch.empty(num, dtype=dtype), share=1.0, scores_QK=scores_QK)
+
+
+def survivors_of(first: Int8Pass, tiles: list[Panels]) -> tuple[np.ndarray, ...]:
+    """(query, column, lower, upper) of all."""
+    found = [survivors for tile in tiles for survivors in first.take(tile)] + list(first.finish())
+    key, lower, upper = (torch.cat(part).numpy() for part in zip(*found, strict=True))
+    return key >> 32, key & 0xFFFFFFFF, lower, upper
 
 
 @pytest.mark.parametrize("first_pass", PASSES)

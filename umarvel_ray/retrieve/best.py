@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from umarvel_ray.retrieve.arrays import (
 )
 from umarvel_ray.retrieve.crew import Crew
 from umarvel_ray.retrieve.first_pass import FirstPass, Survivors, TilePass
-from umarvel_ray.retrieve.int8 import Int8Pass, Rounded
+from umarvel_ray.retrieve.int8 import Int8Pass, Queries
 from umarvel_ray.retrieve.scoring import exact_scores, exact_scores_by_query, sampled_products
 from umarvel_ray.retrieve.tiles import Narrow, TilePrecision
 
@@ -68,7 +69,7 @@ class Best:
     def __init__(self, queries_QD: Tensor, k: int) -> None:
         self._queries_QD = queries_QD
         self._k = k
-        self._narrow: dict[Precision, Narrow | Rounded] = {}
+        self._narrow: dict[Precision, Narrow | Queries] = {}
         shape = (len(queries_QD), k)
         self.scores_QK = torch.full(shape, -torch.inf, device=queries_QD.device)
         self.rows_QK = torch.full(shape, -1, dtype=torch.int64, device=queries_QD.device)
@@ -91,9 +92,9 @@ class Best:
             self.scores_QK[wrong], self.rows_QK[wrong] = again.scores_QK, again.rows_QK
             self.num_undecided += again.num_undecided
 
-    def _narrowed(self, precision: Precision) -> Narrow | Rounded:
+    def _narrowed(self, precision: Precision) -> Narrow | Queries:
         if precision == "int8":
-            return Rounded.of(self._queries_QD.numpy())
+            return Queries.of(self._queries_QD)
         return Narrow.of(self._queries_QD, precision)
 
     def _pass(self, block: Block, crew: Crew, *, share: float) -> Tensor:
@@ -104,23 +105,22 @@ class Best:
         """
         survivors: list[Survivors] = []
         with self._first_pass(block, crew, share) as first:
-            for tile in block.tiles:
-                for found in first.take(tile):
-                    survivors.append(found)
-                    if sum(len(found.key_S) for found in survivors) > _MAX_SURVIVORS:
-                        floor_Q = self._settle(block, survivors, first.floor_Q)
-                        first.rise(floor_Q, self.scores_QK)
-                        survivors = []
+            for found in chain(chain.from_iterable(map(first.take, block.tiles)), first.finish()):
+                survivors.append(found)
+                if sum(len(found.key_S) for found in survivors) > _MAX_SURVIVORS:
+                    floor_Q = self._settle(block, survivors, first.floor_Q)
+                    first.rise(floor_Q, self.scores_QK)
+                    survivors = []
             return self._settle(block, survivors, first.floor_Q) if survivors else first.floor_Q
 
     @contextmanager
     def _first_pass(self, block: Block, crew: Crew, share: float) -> Iterator[FirstPass]:
         queries, num = self._narrow[block.precision], len(self._queries_QD)
-        if isinstance(queries, Rounded):
+        if isinstance(queries, Queries):
             with crew.buffer(*Int8Pass.memory(num, block.tiles)) as memory:
-                first = Int8Pass(self._queries_QD, queries, memory, scores_QK=self.scores_QK)
+                first = Int8Pass(queries, memory, share=share, scores_QK=self.scores_QK)
                 yield first
-            self.num_undecided += first.num_multiplied
+            self.num_undecided += first.num_undecided
         else:
             with crew.buffer(*TilePass.memory(num, block.tiles)) as memory:
                 yield TilePass(queries, memory, share=share, scores_QK=self.scores_QK)

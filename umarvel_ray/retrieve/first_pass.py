@@ -49,6 +49,10 @@ class FirstPass(Protocol):
         """Look at one more tile; tells who survived, of it or of earlier ones."""
         ...
 
+    def finish(self) -> Iterator[Survivors]:
+        """Those that have been waiting."""
+        ...
+
     def rise(self, floor_Q: Tensor, scores_QK: Tensor) -> None:
         """The K best scores are known to be these, float32 (Q, K), and the floor to be at least this."""
         ...
@@ -92,8 +96,11 @@ class TilePass:
             best_QN = torch.cat([self._best_QK, lower_QG], dim=1)
             self.rise(self._floor_Q, largest(best_QN, self._best_QK.shape[1]))
         self._number += 1
-        if self._used < len(self._out) and self._number < _NUM_WAITING:
-            return
+        if self._number >= _NUM_WAITING:
+            yield from self.finish()
+
+    def finish(self) -> Iterator[Survivors]:
+        """See `FirstPass`."""
         for products in self._waiting:
             yield _survivors(*products, self._floor_Q, share=self._share)
         self._waiting.clear()

@@ -1,10 +1,13 @@
-"""The loops of a search, compiled on their first call and kept on disk: they need Numba, `scan` AVX512-VNNI.
+"""The loops of a search, compiled on their first call and kept on disk: they need Numba, `scan` and `refine`
+AVX512-VNNI.
 
 `vpdpbusd` multiplies 64 pairs of bytes, the first unsigned, the second signed, and adds them in fours to 16
 sums of 32 bits. A panel holds candidates side by side, four bytes of each in turn, so that one load fills a
 register; its products with some queries stay in registers to the end, and no product is written to memory.
+`vpdpwssd` does the same with 32 pairs of 16 bits, in twos.
 """
 
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,10 @@ ROWS = 12
 """Queries that are multiplied together: 24 of 32 registers hold sums."""
 _UNROLLED = 4
 STEP_BYTES = 4 * _UNROLLED
-"""Of a vector; its length is a multiple of it."""
+STEP_WORDS = 32 * _UNROLLED
+"""Of a vector of 8, of 16 bits; its length is a multiple of it."""
+_LENGTH_WORDS = 32_000
+"""Of a vector of int16: no value exceeds 16 bits, no part of a product of two 32 (Cauchy-Schwarz)."""
 ZERO = 128
 """Of a candidate's byte, which is unsigned."""
 
@@ -29,8 +35,25 @@ NUM_FACTS = 5
 _I32, _I64, _REAL = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _SUMS, _REALS = ir.VectorType(_I32, 16), ir.VectorType(_REAL, 16)
 _DOT = "llvm.x86.avx512.vpdpbusd.512"
+_DOT_WORDS = "llvm.x86.avx512.vpdpwssd.512"
+_SUM = "llvm.vector.reduce.add.v16i32"
 _TO_WHOLE = np.float32(1.5 * 2**23)
 """A float32 near it has no fraction."""
+
+
+def _at(build: Any, address: Any, offset: int, kind: ir.Type) -> Any:
+    return build.inttoptr(build.add(address, _I64(offset)), kind.as_pointer())
+
+
+def _load(build: Any, address: Any, offset: int, kind: ir.Type) -> Any:
+    loaded = build.load(_at(build, address, offset, kind))
+    loaded.align = 1
+    return loaded
+
+
+def _declared(build: Any, name: str, result: ir.Type, arguments: list[ir.Type]) -> Any:
+    known = build.module.globals.get(name)
+    return known or ir.Function(build.module, ir.FunctionType(result, arguments), name)
 
 
 def _compare_rows(
@@ -45,21 +68,14 @@ def _compare_rows(
 
     def generate(context: Any, build: Any, _: Any, values: Any) -> Any:
         low, row_bytes, facts, panel, num_steps, known, out = values
-        dot = build.module.globals.get(_DOT) or ir.Function(
-            build.module, ir.FunctionType(_SUMS, [_SUMS, _SUMS, _SUMS]), _DOT
-        )
+        dot = _declared(build, _DOT, _SUMS, [_SUMS, _SUMS, _SUMS])
         halves = range(LANES // 16)
 
-        def at(address: Any, offset: int, kind: ir.Type) -> Any:
-            return build.inttoptr(build.add(address, _I64(offset)), kind.as_pointer())
-
         def load(address: Any, offset: int, kind: ir.Type) -> Any:
-            loaded = build.load(at(address, offset, kind))
-            loaded.align = 1
-            return loaded
+            return _load(build, address, offset, kind)
 
         def store(value: Any, address: Any, offset: int) -> None:
-            build.store(value, at(address, offset, value.type)).align = 1
+            build.store(value, _at(build, address, offset, value.type)).align = 1
 
         def everywhere(value: Any, kind: ir.VectorType) -> Any:
             undefined = ir.Constant(kind, ir.Undefined)
@@ -124,7 +140,39 @@ def _place_of_lowest_bit(_: Any, bits: Any) -> Any:
     return types.uint32(types.uint32), generate
 
 
+def _product_of_words(_: Any, left: Any, right: Any, num_steps: Any) -> Any:
+    """Inner product of two rows of int16, whose addresses are given, in steps of `STEP_WORDS`."""
+
+    def generate(context: Any, build: Any, _: Any, values: Any) -> Any:
+        left, right, num_steps = values
+        dot = _declared(build, _DOT_WORDS, _SUMS, [_SUMS, _SUMS, _SUMS])
+        before, loop, after = build.block, build.append_basic_block(), build.append_basic_block()
+        build.branch(loop)
+        build.position_at_end(loop)
+        step, entering = build.phi(_I64), [build.phi(_SUMS) for _ in range(_UNROLLED)]
+        start = build.mul(step, _I64(2 * STEP_WORDS))
+        left, right = build.add(left, start), build.add(right, start)
+        sums = [
+            build.call(dot, [total, *(_load(build, side, 64 * part, _SUMS) for side in (left, right))])
+            for part, total in enumerate(entering)
+        ]
+        following = build.add(step, _I64(1))
+        step.add_incoming(_I64(0), before)
+        step.add_incoming(following, loop)
+        for total, phi in zip(sums, entering, strict=True):
+            phi.add_incoming(ir.Constant(_SUMS, [0] * 16), before)
+            phi.add_incoming(total, loop)
+        build.cbranch(build.icmp_signed("<", following, num_steps), loop, after)
+
+        build.position_at_end(after)
+        total = reduce(build.add, sums)
+        return build.call(_declared(build, _SUM, _I32, [_SUMS]), [total])
+
+    return types.int32(*[types.intp] * 3), generate
+
+
 _compare: Any = intrinsic(_compare_rows)
+_multiply_words: Any = intrinsic(_product_of_words)
 _lowest_bit: Any = intrinsic(_place_of_lowest_bit)
 
 
@@ -147,111 +195,154 @@ def _square(vector):
 
 
 @njit(nogil=True, cache=True)
-def round_rows(vectors, low, scales, squares, rests):
-    """float32 (N, D) → int8, the largest value of a row as 127.
+def round_rows(vectors, low, facts):
+    """float32 (N, D) → int8, the largest value of a row as 127, or int16, a row's length as `_LENGTH_WORDS`.
 
     Args:
         vectors: float32 (N, D).
-        low: int8 (N, D or more), to be filled to D.
-        scales: float32 (N,), what one unit stands for.
-        squares, rests: float32 (N,), of the vector and of what rounding took in units of the scale, squared.
+        low: int8 or int16 (N, D or more), to be filled to D.
+        facts: float32 (N, 3), to be filled: what one unit stands for, and upper bounds of the length of what
+            rounding took, and of the length, before and after.
     """
     num, width = vectors.shape
     lost, peak = np.empty(width, np.float32), np.empty(1, np.int32)
     bits = vectors.view(np.int32)
     for row in range(num):
         vector, rounded = vectors[row], low[row]
-        peak[0] = _largest(bits[row])
-        largest = max(peak.view(np.float32)[0], TINY)
-        inverse = np.float32(127) / largest
+        length = np.sqrt(_square(vector))
+        if low.itemsize == 1:
+            peak[0] = _largest(bits[row])
+            whole_range, unit = np.float32(127), max(peak.view(np.float32)[0], TINY)
+        else:
+            whole_range, unit = np.float32(_LENGTH_WORDS), max(length, TINY)
+        inverse, scale = whole_range / unit, unit / whole_range
         for i in range(width):
             value = vector[i] * inverse
             whole = (value + _TO_WHOLE) - _TO_WHOLE
             lost[i] = value - whole
-            rounded[i] = np.int8(np.int32(whole))
-        scales[row] = largest / np.float32(127)
-        squares[row], rests[row] = _square(vector), _square(lost)
+            rounded[i] = np.int32(whole)
+        # Squares were summed in float32; a scale, its inverse and each product with it were rounded.
+        more = np.float32(1) + width * np.float32(2.0**-23)
+        rest = np.sqrt(_square(lost)) * scale * more + np.float32(2.0**-21) * length
+        facts[row, 0], facts[row, 1], facts[row, 2] = scale, rest, length * more + rest
 
 
 @njit(nogil=True, cache=True)
-def pack(low, panels):
-    """Rows of S groups of four int8 → panels of uint8, `ZERO` added; the last panel is filled up.
+def round_panels(vectors, panels, facts, words, words_facts):
+    """float32 (N, D) → panels of uint8, `ZERO` added to int8; the last panel is filled up. And → int16.
 
     Args:
-        low: uint32 (N, S), the groups as they lie in memory.
-        panels: uint32 (⌈N / LANES⌉, S, LANES), to be filled.
+        vectors: float32 (N, D).
+        panels: uint32 (⌈N / LANES⌉, S, LANES), to be filled: four values of each vector in turn.
+        facts: float32 (N, 3), see `round_rows`.
+        words, words_facts: int16 (N, D or more) and float32 (N, 3), the same.
     """
-    num, num_steps = low.shape
-    for panel in range(len(panels)):
+    num_panels, num_steps, _ = panels.shape
+    low = np.zeros((LANES, 4 * num_steps), np.int8)
+    groups = low.view(np.uint32)
+    for panel in range(num_panels):
         start = panel * LANES
+        some = vectors[start : start + LANES]
+        round_rows(some, low, facts[start : start + LANES])
+        round_rows(some, words[start : start + LANES], words_facts[start : start + LANES])
+        if len(some) < LANES:
+            low[len(some) :] = 0
         for step in range(num_steps):
             packed = panels[panel, step]
-            for lane in range(min(LANES, num - start)):
-                packed[lane] = low[start + lane, step] ^ np.uint32(0x80808080)
-            for lane in range(num - start, LANES):
-                packed[lane] = np.uint32(0x80808080)
-
-
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _dot(left, right):
-    total = np.float32(0)
-    for i in range(len(left)):
-        total += left[i] * right[i]
-    return total
+            for lane in range(LANES):
+                packed[lane] = groups[lane, step] ^ np.uint32(0x80808080)
 
 
 @njit(nogil=True, cache=True)
-def scan(queries, low, facts, candidates, panels, known, share, first_key, heap, keys, limits):
-    """Write down which pairs may be among the best: those that 8 bits cannot exclude are multiplied in
-    float32 at once, while the candidate is in the cache, and raise the floor.
+def scan(low, facts, num_candidates, panels, known, share, first_key, heap, keys, uppers):
+    """Write down which pairs 8 bits cannot exclude, and raise the floor by them.
 
     Args:
-        queries: float32 (Q, D).
-        low: int8 (Q filled up to a multiple of ROWS, 4·S), the same rounded.
+        low: int8 (Q filled up to a multiple of ROWS, 4·S), the queries.
         facts: float32 (the same, NUM_FACTS): what `ZERO` adds to all products of the query, as int32; its
             scale, rest and length; and what has to be reached, which is kept up to date.
-        candidates: float32 (C, D).
-        panels: uint32 (P, S, LANES), the same rounded.
-        known: float32 (P, 3, LANES), the candidates' scales, and what a unit of a query's rest and of its
-            length adds to the error.
-        share: What float32 sums lose, as a share of the product of the lengths.
+        num_candidates: C.
+        panels: uint32 (P, S, LANES), the candidates.
+        known: float32 (P, 3, LANES), their scales, and what a unit of a query's rest and of its length adds
+            to the error.
+        share: Of the error bound, how much an estimate is taken to be off.
         first_key: Of query 0 and the first candidate.
         heap: float32 (Q, K), the best lower bounds so far as a heap, the least in front; kept up to date.
-        keys, limits: int64 (M,) and float32 (2, M), to be filled: query · 2³² + column, lower, upper bound.
+        keys, uppers: int64 and float32 (M,), to be filled: query · 2³² + column, and the upper bound.
 
     Returns:
-        How many were written down, and how many were multiplied in float32.
+        How many were written down.
     """
     num_queries = len(heap)
     row_bytes, num_steps = low.shape[1], panels.shape[1]
-    uppers = np.empty((ROWS + 1, LANES), np.float32)
-    survives = uppers[ROWS].view(np.uint32)
-    count, num_multiplied = 0, 0
+    bounds = np.empty((ROWS + 1, LANES), np.float32)
+    survives = bounds[ROWS].view(np.uint32)
+    twice, count = np.float32(1) + share, 0
     for panel in range(len(panels)):
         start = panel * LANES
-        real = np.uint32(0xFFFFFFFF) >> np.uint32(max(0, LANES - (len(candidates) - start)))
+        real = np.uint32(0xFFFFFFFF) >> np.uint32(max(0, LANES - (num_candidates - start)))
         panel_at, known_at = panels[panel].ctypes.data, known[panel].ctypes.data
         for block in range(0, num_queries, ROWS):
             low_at, facts_at = low[block].ctypes.data, facts[block].ctypes.data
-            _compare(low_at, row_bytes, facts_at, panel_at, num_steps, known_at, uppers.ctypes.data)
+            _compare(low_at, row_bytes, facts_at, panel_at, num_steps, known_at, bounds.ctypes.data)
             for row in range(min(ROWS, num_queries - block)):
                 bits, query = survives[row] & real, block + row
                 while bits:
                     lane = _lowest_bit(bits)
                     bits &= bits - np.uint32(1)
-                    if uppers[row, lane] < facts[query, 4]:
+                    upper = bounds[row, lane]
+                    if upper < facts[query, 4]:
                         continue
-                    product = _dot(queries[query], candidates[start + lane])
-                    num_multiplied += 1
-                    error = share * facts[query, 3] * known[panel, 1, lane] + TINY
-                    if product + error < facts[query, 4]:
-                        continue
-                    keys[count] = first_key + (query << 32) + start + lane
-                    limits[0, count], limits[1, count] = product - error, product + error
+                    keys[count], uppers[count] = first_key + (query << 32) + start + lane, upper
                     count += 1
-                    if product - error > heap[query, 0]:
-                        _replace_least(heap[query], product - error)
+                    error = facts[query, 2] * known[panel, 1, lane] + facts[query, 3] * known[panel, 2, lane]
+                    lower = upper - twice * (error + TINY)
+                    if lower > heap[query, 0]:
+                        _replace_least(heap[query], lower)
                         facts[query, 4] = max(facts[query, 4], heap[query, 0])
+    return count
+
+
+@njit(nogil=True, cache=True)
+def refine(low, facts, floor, words, words_facts, share, heap, keys, uppers, limits):
+    """Write down which of the pairs 16 bits cannot exclude either, in the place of all, and raise the floor.
+
+    Args:
+        low: int16 (Q, W), the queries.
+        facts: float32 (Q, 3), see `round_rows`.
+        floor: float32 (Q,), what has to be reached; kept up to date.
+        words, words_facts: int16 (C, W) and float32 (C, 3), the candidates.
+        share: Of the error bound, how much an estimate is taken to be off.
+        heap: float32 (Q, K), as in `scan`.
+        keys, uppers: int64 and float32 (P,), the pairs, with what their scores are at most.
+        limits: float32 (2, P), to be filled: lower, upper bound.
+
+    Returns:
+        How many were written down, and how many were multiplied.
+    """
+    num_steps = low.shape[1] // STEP_WORDS
+    count, num_multiplied = 0, 0
+    for pair in range(len(keys)):
+        query, column = keys[pair] >> 32, keys[pair] & 0xFFFFFFFF
+        if uppers[pair] < floor[query]:
+            continue
+        product = np.float32(_multiply_words(low[query].ctypes.data, words[column].ctypes.data, num_steps))
+        num_multiplied += 1
+        scale, rest, length = words_facts[column]
+        # Beside what rounding took: the rounding of the exact score, of the estimate and of the bounds.
+        error = facts[query, 1] * length + facts[query, 2] * (rest + np.float32(2.0**-18) * length)
+        error = np.float32(1.01) * error + TINY
+        estimate = product * (facts[query, 0] * scale)
+        if estimate + error < floor[query]:
+            continue
+        lower = estimate - share * error
+        if not lower >= -np.inf:  # what overflowed says nothing
+            lower = np.float32(-np.inf)
+        keys[count], limits[0, count], limits[1, count] = keys[pair], lower, estimate + error
+        count += 1
+        if lower > heap[query, 0]:
+            _replace_least(heap[query], lower)
+            floor[query] = max(floor[query], heap[query, 0])
     return count, num_multiplied
 
 
@@ -280,13 +371,14 @@ def _exact_products(left, right):
 
 
 @njit(nogil=True, cache=True)
-def inner_products(left, right, rows, columns, products):
+def inner_products(left, right, rows, columns, order, products):
     """float64 inner products of pairs of rows.
 
     Args:
         left, right: float32 (N, D), (M, D).
         rows, columns: int64 (P,), which make each pair.
+        order: int64 (P,), in which they are taken.
         products: float64 (P,), to be filled.
     """
-    for pair in range(len(products)):
+    for pair in order:
         products[pair] = _exact_products(left[rows[pair]], right[columns[pair]])

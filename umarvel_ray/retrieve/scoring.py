@@ -58,8 +58,12 @@ def exact_scores_by_query(
     if compiled:
         from umarvel_ray.retrieve.kernels import inner_products
 
-        arrays = (values.numpy() for values in (queries_QD, candidates_CD, query_N, column_N, sums_N))
-        inner_products(*arrays)
+        # Candidates in turn: most come from memory, where a row is read once for all who want it.
+        order = np.argsort(column_N.numpy())
+        left, right, rows, columns = (
+            values.numpy() for values in (queries_QD, candidates_CD, query_N, column_N)
+        )
+        inner_products(left, right, rows, columns, order, sums_N.numpy())
     else:
         _sum_by_query(queries_QD, candidates_CD, query_N, column_N, sums_N)
     return _rounded(

@@ -1,8 +1,7 @@
 """Exact top-k of inner products: quick tiles pick who may be among the best, exact sums score them.
 
 The first pass (int8, see `int8.py`; bfloat16 or float32, see `tiles.py`) carries a hard bound of its error.
-Over int8, sums in float32 of the few pairs that it does not decide prove a floor under each query's k-th
-score as it goes. Over tiles, a guess of that score decides who is kept; the exact scores of those kept then
+A guess of each query's k-th score, from estimates, decides who is kept; the exact scores of those kept then
 prove the guess, or the block is looked at again for that query, under the bound alone. So a candidate is
 passed over only when even its upper bound is below a proven lower bound of the k-th score, and blocks, tiles,
 threads, shards, devices and the first pass move the time, never the result.

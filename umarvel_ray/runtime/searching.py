@@ -223,10 +223,10 @@ def _estimate(cells: Sequence[_Cell], missing: Sequence[_Cell], runtime: Runtime
         dim, rows = dims[cell.task.queries], cell.stop - cell.start
         flop += 2.0 * rows * (cell.last - cell.first) * dim
         read += (cell.last - cell.first) * dim * 2
-        # The block searched, the one read ahead, and a quarter for its narrow form; queries twice and their
-        # narrow form; scores and rows, old and merged.
-        held = 2.25 * min(_CANDIDATE_BYTES, 4 * dim * (cell.last - cell.first))
-        most = max(most, int(held + rows * (9 * dim + 48 * cell.task.k)))
+        # The block searched, the one read ahead, and a quarter and a half for it in 8 and 16 bits; queries
+        # twice and the same of them; scores and rows, old and merged.
+        held = 2.75 * min(_CANDIDATE_BYTES, 4 * dim * (cell.last - cell.first))
+        most = max(most, int(held + rows * (11 * dim + 48 * cell.task.k)))
     bytes_ = most + _PROCESS_BYTES + runtime.threads * _THREAD_BYTES
     return SearchEstimate(len(cells), flop, read, bytes_, max(dims.values(), default=0))
 
