@@ -23,6 +23,7 @@ _CACHED_BYTES = 1 << 20
 """Of queries, which every panel of candidates meets in turn: they stay in a core's L2 cache."""
 _SPAN_BYTES = 1 << 19
 """Of candidates in 16 bits, which queries meet in turn; the same."""
+_LINE_BYTES = 64
 _HUGE_BYTES = 1 << 22
 _MAX_WAITING = 1 << 21
 """Pairs that wait for the floor to rise, 12 bytes each."""
@@ -44,10 +45,11 @@ def multiplies_int8() -> bool:
 
 
 def _memory(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory that begins where a line of the cache does; NumPy asks for huge pages where it is large."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(max(size + 64, _HUGE_BYTES), dtype=np.uint8)
-    return memory[-memory.ctypes.data % 64 :][:size].view(dtype).reshape(shape)
+    """Memory that begins where a line of the cache does; from 4 MB on NumPy asks for huge pages."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize + _LINE_BYTES
+    memory = np.empty(_HUGE_BYTES if 3 * _HUGE_BYTES < 4 * size < 4 * _HUGE_BYTES else size, dtype=np.uint8)
+    start = -memory.ctypes.data % _LINE_BYTES
+    return memory[start : start + size - _LINE_BYTES].view(dtype).reshape(shape)
 
 
 def _kernels() -> Any:
